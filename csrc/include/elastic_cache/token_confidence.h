@@ -1,0 +1,26 @@
+// Per row of logits: the token to commit and how sure the model is of it.
+//   token = argmax_v (logits[v] + noise[v])   (noise optional; ties: the lowest token id)
+//   confidence = exp(logits[token] - max) / sum_v exp(logits[v] - max), accumulated in double.
+// A row with a NaN or +inf logit has confidence NaN (and token 0), so that it can never be committed.
+#pragma once
+
+#include "elastic_cache/types.h"
+
+namespace elastic_cache {
+
+struct TokenConfidenceParams {
+  DType dtype;
+  int64_t num_rows;    // W
+  int64_t vocab_size;  // V
+
+  int64_t logits_row_stride;  // elements between rows of logits
+  const void* logits;         // [W, V] dtype
+  const double* noise;        // [W, V], or null
+
+  int64_t* token;      // [W] out
+  double* confidence;  // [W] out
+};
+
+void token_confidence_cpu(const TokenConfidenceParams& params);
+
+}  // namespace elastic_cache

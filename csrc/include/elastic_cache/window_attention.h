@@ -1,0 +1,31 @@
+// Attention of a few rows over all cached keys of their sequence, no mask, with log-sum-exp:
+//   s[k] = scale * q . K[k],  lse = log sum_k exp(s[k]),  out = sum_k exp(s[k] - lse) V[k]
+// for k in the sequence's key range. Queries are read from the cache at the rows' slots.
+#pragma once
+
+#include "elastic_cache/types.h"
+
+namespace elastic_cache {
+
+struct WindowAttentionParams {
+  DType dtype;
+  int64_t num_rows;      // R
+  int64_t num_heads;     // H
+  int64_t num_kv_heads;  // Hkv
+  int64_t head_dim;      // D
+  int64_t capacity;      // C; sequence of a row = slot / C
+  float scale;
+
+  const void* q_cache;       // [N, H, D] dtype
+  const void* k_cache;       // [N, Hkv, D] dtype
+  const void* v_cache;       // [N, Hkv, D] dtype
+  const int32_t* rows;       // [R] slots, -1 = skip (output rows are zero, lse = 0)
+  const int32_t* key_range;  // [S, 2] first and one-past-last key position
+
+  void* out;   // [R, H, D] dtype
+  float* lse;  // [R, H]
+};
+
+void window_attention_cpu(const WindowAttentionParams& params);
+
+}  // namespace elastic_cache

@@ -1,0 +1,40 @@
+// Every schema of torch.ops.elastic_cache, in one list. Shapes and dtypes: the op's header under
+// include/elastic_cache/, its docstring in python/elastic_cache/ops.py.
+// All ops write into tensors they are given and return nothing: nothing is allocated in a step,
+// and a captured CUDA graph sees stable addresses.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(elastic_cache, m) {
+  m.def(
+      "select_rows(Tensor masked, Tensor committed, Tensor tracked, Tensor window, "
+      "Tensor lookahead, Tensor(a!) rows, Tensor(b!) segments, Tensor(c!) window_rows) -> ()");
+  m.def(
+      "refresh_rows(Tensor first_full_layer, Tensor key_range, int layer, int capacity, "
+      "Tensor(a!) rows, Tensor(b!) offsets) -> ()");
+  m.def(
+      "cache_write(Tensor qkv, Tensor rows, Tensor rope, int capacity, Tensor(a!) q_cache, "
+      "Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor(d!)? q_old, Tensor(e!)? k_old) -> ()");
+  m.def(
+      "window_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor rows, "
+      "Tensor key_range, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "drift_statistics(Tensor q_cache, Tensor k_cache, Tensor? q_old, Tensor? k_old, "
+      "Tensor rows, Tensor segments, Tensor key_range, Tensor lse, float scale, "
+      "Tensor(a!) mass, Tensor(b!) similarity) -> ()");
+  m.def(
+      "drift_decision(Tensor similarity, Tensor gamma, Tensor mass, Tensor masked, "
+      "Tensor key_range, int layer, Tensor(a!) first_full_layer, Tensor(b!) tracked) -> ()");
+  m.def(
+      "add_rms_norm(Tensor(a!) residual, Tensor? delta, Tensor weight, float eps, "
+      "Tensor(b!) out, Tensor? rows, Tensor(c!)? x_cache) -> ()");
+  m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
+  m.def(
+      "token_confidence(Tensor logits, Tensor? noise, Tensor(a!) token, "
+      "Tensor(b!) confidence) -> ()");
+  m.def(
+      "commit(Tensor token, Tensor confidence, Tensor candidates, Tensor rule, Tensor amount, "
+      "Tensor key_range, int eos_id, Tensor(a!) tokens, Tensor(b!) masked, Tensor(c!) committed, "
+      "Tensor(d!) eos_position, Tensor(e!) status) -> ()");
+}

@@ -38,3 +38,17 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
       "Tensor key_range, int eos_id, Tensor(a!) tokens, Tensor(b!) masked, Tensor(c!) committed, "
       "Tensor(d!) eos_position, Tensor(e!) status) -> ()");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(elastic_cache, CPU, m) {
+  namespace ops = elastic_cache::ops;
+  m.impl("select_rows", TORCH_BOX(&ops::select_rows));
+  m.impl("refresh_rows", TORCH_BOX(&ops::refresh_rows));
+  m.impl("cache_write", TORCH_BOX(&ops::cache_write));
+  m.impl("window_attention", TORCH_BOX(&ops::window_attention));
+  m.impl("drift_statistics", TORCH_BOX(&ops::drift_statistics));
+  m.impl("drift_decision", TORCH_BOX(&ops::drift_decision));
+  m.impl("add_rms_norm", TORCH_BOX(&ops::add_rms_norm));
+  m.impl("swiglu", TORCH_BOX(&ops::swiglu));
+  m.impl("token_confidence", TORCH_BOX(&ops::token_confidence));
+  m.impl("commit", TORCH_BOX(&ops::commit));
+}

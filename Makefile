@@ -1,0 +1,91 @@
+# make demo    set up, then a diffusion language model answers in the terminal
+# make test    set up, then every test: Python, C++, CUDA compile check
+# make lint    ruff, mypy          make format   ruff, clang-format
+# make clean   remove what was built (the environment in .venv stays)
+
+# The active python if it has torch >= 2.11 and pip may install into it (a system python often
+# says no, PEP 668); otherwise the one of .venv, which is made on demand.
+define FIND_PYTHON
+import importlib.metadata, importlib.util, os, sys, sysconfig
+torch = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2])
+marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+is_managed = sys.prefix == sys.base_prefix and os.path.exists(marker)
+has_pip = importlib.util.find_spec("pip") is not None
+if torch >= (2, 11) and sys.version_info >= (3, 10) and has_pip and not is_managed:
+    print(sys.executable)
+endef
+export FIND_PYTHON
+VENV := $(CURDIR)/.venv
+PYTHON := $(or $(shell python3 -c "$$FIND_PYTHON" 2>/dev/null),$(VENV)/bin/python)
+export PATH := $(dir $(PYTHON)):$(PATH)
+
+# One stamp per python, so that changing the environment installs into the new one.
+INSTALLED := build/setup$(PYTHON)/installed
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CUDA_SOURCES := $(filter %.cu,$(SOURCES))
+
+DEMO_PROMPT := Sam has 84 apples. Then Sam buys 5 crates with 5 apples in each crate. Then Sam \
+gives away 17 apples. How many apples does Sam have now?
+
+.PHONY: demo test lint format clean check-cuda
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	elastic-cache generate --model tiny --prompt "$(DEMO_PROMPT)"
+
+test: $(INSTALLED)
+	python -m pytest
+	cmake -S . -B build/cpp -G Ninja -D Python3_EXECUTABLE=$(PYTHON)
+	cmake --build build/cpp
+	ctest --test-dir build/cpp --output-on-failure
+	@$(MAKE) --no-print-directory check-cuda
+
+lint: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(INSTALLED)
+	ruff check --fix .
+	ruff format .
+	python -m pip install --quiet clang-format
+	find csrc examples tests -regex '.*\.\(h\|cpp\|cu\|cuh\)' | xargs clang-format -i
+
+clean:
+	rm -rf build python/*.egg-info python/elastic_cache/_ops*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# --- set-up ----------------------------------------------------------------------------------
+# Without build isolation, because the operators must be built with the torch they run with.
+# torch is pinned where it is installed here: an open requirement pulls gigabytes of CUDA packages.
+$(INSTALLED): $(SOURCES) $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/torch-installed)
+	python -m pip install --quiet setuptools wheel ninja
+	python -m pip install --quiet --no-build-isolation -e ".[test]"
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/torch-installed:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "elastic_cache needs python3 to be Python 3.10 or later: install one"; exit 1; }
+	@python3 -m venv $(VENV) || \
+	  { echo "python3 cannot make a virtual environment: run apt-get install python3-venv"; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
+	@touch $@
+
+# --- CUDA: every kernel compiles for every architecture, with or without a GPU -----------------
+CUDA_OBJECTS := $(CUDA_SOURCES:csrc/cuda/%.cu=build/cuda/%.o)
+
+ifeq ($(CUDA_SOURCES),)
+check-cuda:
+	@echo "CUDA compile check skipped: there are no .cu files in csrc/cuda"
+else ifeq ($(shell command -v nvcc),)
+check-cuda:
+	@echo "CUDA compile check skipped: nvcc is not installed"
+else
+check-cuda: $(CUDA_OBJECTS)
+	@echo "CUDA compile check passed: $(words $(CUDA_OBJECTS)) files for sm_80 and sm_90a"
+endif
+
+build/cuda/%.o: csrc/cuda/%.cu $(filter %.h %.cuh,$(SOURCES))
+	@mkdir -p $(@D)
+	nvcc -O3 -std=c++20 -Icsrc/include -Icsrc/cuda -Xptxas --warn-on-spills \
+	  -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -c $< -o $@

@@ -1,0 +1,58 @@
+// cache_write: Tensor -> params -> kernel.
+#include "elastic_cache/cache_write.h"
+
+#include "checks.h"
+#include "ops.h"
+
+namespace elastic_cache::ops {
+
+void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int64_t capacity,
+                 const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
+                 const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old) {
+  const Checks check("cache_write", {{"qkv", qkv, Type::kModel, Memory::kRows},
+                                     {"rows", rows, Type::kInt32},
+                                     {"rope", rope, Type::kFloat32},
+                                     {"q_cache", q_cache, Type::kModel},
+                                     {"k_cache", k_cache, Type::kModel},
+                                     {"v_cache", v_cache, Type::kModel},
+                                     {"q_old", q_old, Type::kModel},
+                                     {"k_old", k_old, Type::kModel}});
+  check.shape("q_cache", q_cache, {{"slots"}, {"heads"}, {"head_dim"}});
+  const int64_t slots = q_cache.size(0), heads = q_cache.size(1), head_dim = q_cache.size(2);
+  check.shape("k_cache", k_cache, {{"slots", slots}, {"kv_heads"}, {"head_dim", head_dim}});
+  const int64_t kv_heads = k_cache.size(1);
+  check.shape("v_cache", v_cache,
+              {{"slots", slots}, {"kv_heads", kv_heads}, {"head_dim", head_dim}});
+  check.shape("rows", rows, {{"rows"}});
+  const int64_t num_rows = rows.size(0);
+  check.shape("qkv", qkv,
+              {{"rows", num_rows},
+               {"(heads + 2 * kv_heads) * head_dim", (heads + 2 * kv_heads) * head_dim}});
+  check.shape("rope", rope, {{"positions"}, {"head_dim", head_dim}});
+  check.shape("q_old", q_old, {{"rows", num_rows}, {"heads", heads}, {"head_dim", head_dim}});
+  check.shape("k_old", k_old, {{"rows", num_rows}, {"kv_heads", kv_heads}, {"head_dim", head_dim}});
+  check.that(head_dim % 2 == 0, "head_dim must be even, got ", head_dim);
+  check.that(capacity >= 1 && slots % capacity == 0, "capacity must be at least 1 and divide the ",
+             slots, " slots, got ", capacity);
+  check.that(rope.size(0) >= capacity, "rope must have a row for each of ", capacity,
+             " positions, got ", rope.size(0));
+
+  check.indices("rows", rows, slots);
+  cache_write_cpu({.dtype = check.dtype(),
+                   .num_rows = num_rows,
+                   .num_heads = heads,
+                   .num_kv_heads = kv_heads,
+                   .head_dim = head_dim,
+                   .capacity = capacity,
+                   .qkv_row_stride = qkv.stride(0),
+                   .qkv = input<void>(qkv),
+                   .rows = input<int32_t>(rows),
+                   .rope = input<float>(rope),
+                   .q_cache = output<void>(q_cache),
+                   .k_cache = output<void>(k_cache),
+                   .v_cache = output<void>(v_cache),
+                   .q_old = output<void>(q_old),
+                   .k_old = output<void>(k_old)});
+}
+
+}  // namespace elastic_cache::ops

@@ -1,0 +1,249 @@
+// Checks of an op's tensor arguments, and their data pointers.
+// The constructor of Checks looks at device, dtype and layout of all arguments, shape() at one
+// shape, so an op that calls them in this order reports the most basic mistake first. A failed
+// check throws std::invalid_argument with a sentence: op, argument, rule, what was seen.
+// The checks of values are for the CPU call alone: there they cost nothing beside the kernel and
+// keep a wrong index from writing over foreign memory; on a GPU they would need a host sync.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "elastic_cache/types.h"
+
+namespace elastic_cache::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Type { kModel, kBool, kInt32, kInt64, kFloat32, kFloat64 };  // kModel: DType
+
+enum class Memory {
+  kContiguous,
+  kRows,  // [rows, width]: each row contiguous, rows any distance apart
+};
+
+struct Argument {
+  const char* name;
+  const Tensor* tensor;  // null: an optional argument that was not given
+  Type type;
+  Memory memory;
+
+  Argument(const char* name, const Tensor& tensor, Type type, Memory memory = Memory::kContiguous)
+      : name(name), tensor(&tensor), type(type), memory(memory) {}
+  Argument(const char* name, const std::optional<Tensor>& tensor, Type type)
+      : name(name), tensor(tensor ? &*tensor : nullptr), type(type), memory(Memory::kContiguous) {}
+};
+
+inline constexpr int64_t kAnySize = -1;
+
+struct Dim {
+  const char* name;  // as the op's header calls it
+  int64_t size = kAnySize;
+};
+
+class Checks {
+ public:
+  // The first argument is always given; its device is everybody's device, and the first argument
+  // of Type::kModel sets the model's dtype.
+  Checks(const char* op, std::initializer_list<Argument> arguments) : op_(op) {
+    for (const Argument& argument : arguments) {
+      if (argument.tensor) check_device(*arguments.begin(), argument);
+    }
+    const Argument* model = nullptr;
+    for (const Argument& argument : arguments) {
+      if (!argument.tensor) continue;
+      if (argument.type == Type::kModel && !model) model = &argument;
+      check_dtype(argument, model);
+    }
+    for (const Argument& argument : arguments) {
+      if (argument.tensor) check_layout(argument);
+    }
+  }
+
+  DType dtype() const { return dtype_; }
+
+  void shape(const char* name, const Tensor& tensor, std::initializer_list<Dim> dims) const {
+    const auto sizes = tensor.sizes();
+    bool is_as_expected = sizes.size() == dims.size();
+    for (size_t i = 0; is_as_expected && i < dims.size(); ++i) {
+      const int64_t expected = dims.begin()[i].size;
+      is_as_expected = expected == kAnySize || expected == sizes[i];
+    }
+    if (!is_as_expected) fail_shape(name, tensor, dims);
+  }
+
+  void shape(const char* name, const std::optional<Tensor>& tensor,
+             std::initializer_list<Dim> dims) const {
+    if (tensor) shape(name, *tensor, dims);
+  }
+
+  // `sentence` is what must hold and what was seen, in parts; it is put together on failure only.
+  template <typename... Parts>
+  void that(bool holds, const Parts&... sentence) const {
+    if (!holds) fail(sentence...);
+  }
+
+  void heads(int64_t heads, int64_t kv_heads) const {
+    that(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
+         "heads of q_cache must be a multiple of kv_heads of k_cache, got ", heads, " and ",
+         kv_heads);
+  }
+
+  // Slots of one sequence, all sequences having equally many.
+  int64_t capacity(int64_t slots, int64_t num_sequences) const {
+    that(num_sequences > 0 ? slots % num_sequences == 0 : slots == 0,
+         "slots of q_cache must be a multiple of the number of sequences, got ", slots, " and ",
+         num_sequences);
+    return num_sequences > 0 ? slots / num_sequences : 0;
+  }
+
+  // Every value of an int32 tensor is -1 or an index below `limit`.
+  void indices(const char* name, const Tensor& tensor, int64_t limit) const {
+    const auto* values = static_cast<const int32_t*>(tensor.const_data_ptr());
+    const int64_t count = tensor.numel();
+    for (int64_t i = 0; i < count; ++i) {
+      that(values[i] >= -1 && values[i] < limit, name, " must hold -1 or indices below ", limit,
+           ", got ", values[i], " at element ", i);
+    }
+  }
+
+  // key_range [S, 2]: 0 <= first <= one past the last <= capacity.
+  void key_range(const Tensor& tensor, int64_t capacity) const {
+    const auto* range = static_cast<const int32_t*>(tensor.const_data_ptr());
+    const int64_t num_sequences = tensor.size(0);
+    for (int64_t s = 0; s < num_sequences; ++s) {
+      const int32_t first = range[2 * s], end = range[2 * s + 1];
+      that(0 <= first && first <= end && end <= capacity,
+           "key_range must hold 0 <= first <= end <= capacity = ", capacity, ", got first ", first,
+           " and end ", end, " for sequence ", s);
+    }
+  }
+
+ private:
+  const char* op_;
+  DType dtype_ = DType::kFloat32;
+
+  // Outside of `that`, because the sentences below are costly to prepare.
+  void check_device(const Argument& first, const Argument& argument) const {
+    const auto expected = first.tensor->device(), seen = argument.tensor->device();
+    if (expected.type() != seen.type() || expected.index() != seen.index()) {
+      fail(argument.name, " must be on the device of ", first.name, " (",
+           device_name(*first.tensor), "), got ", device_name(*argument.tensor));
+    }
+  }
+
+  void check_dtype(const Argument& argument, const Argument* model) {
+    const ScalarType seen = argument.tensor->scalar_type();
+    if (argument.type != Type::kModel) {
+      const ScalarType expected = scalar_type(argument.type);
+      if (seen != expected) {
+        fail(argument.name, " must be ", dtype_name(expected), ", got ", dtype_name(seen));
+      }
+    } else if (&argument == model) {
+      if (seen != ScalarType::Float && seen != ScalarType::BFloat16) {
+        fail(argument.name, " must be float32 or bfloat16, got ", dtype_name(seen));
+      }
+      dtype_ = seen == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
+    } else if (seen != model->tensor->scalar_type()) {
+      fail(argument.name, " must have the dtype of ", model->name, " (",
+           dtype_name(model->tensor->scalar_type()), "), got ", dtype_name(seen));
+    }
+  }
+
+  void check_layout(const Argument& argument) const {
+    const Tensor& tensor = *argument.tensor;
+    const int64_t last = tensor.dim() - 1;
+    const bool is_contiguous = argument.memory == Memory::kContiguous || last < 0
+                                   ? tensor.is_contiguous()
+                                   : tensor.size(last) <= 1 || tensor.stride(last) == 1;
+    if (!is_contiguous) {
+      fail(argument.name, " must ",
+           argument.memory == Memory::kContiguous ? "be contiguous" : "have contiguous rows",
+           ", got strides ", list(tensor.strides()), " for shape ", list(tensor.sizes()));
+    }
+  }
+
+  template <typename... Parts>
+  [[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... sentence) const {
+    std::ostringstream text;
+    text << op_ << ": ";
+    (text << ... << sentence);
+    throw std::invalid_argument(text.str());
+  }
+
+  [[noreturn, gnu::cold, gnu::noinline]] void fail_shape(const char* name, const Tensor& tensor,
+                                                         std::initializer_list<Dim> dims) const {
+    std::ostringstream names, sizes;
+    bool has_sizes = false;
+    for (const Dim& dim : dims) {
+      const char* separator = &dim == dims.begin() ? "" : ", ";
+      names << separator << dim.name;
+      sizes << separator << (dim.size == kAnySize ? "any" : std::to_string(dim.size));
+      has_sizes = has_sizes || dim.size != kAnySize;
+    }
+    fail(name, " must be [", names.str(), "]", has_sizes ? " = [" + sizes.str() + "]" : "",
+         ", got ", list(tensor.sizes()));
+  }
+
+  static std::string list(torch::headeronly::IntHeaderOnlyArrayRef values) {
+    std::ostringstream text;
+    for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "[") << values[i];
+    return text.str() + (values.empty() ? "[]" : "]");
+  }
+
+  static std::string device_name(const Tensor& tensor) {
+    if (tensor.is_cpu()) return "cpu";
+    const std::string index = std::to_string(tensor.get_device_index());
+    return (tensor.is_cuda() ? "cuda:" : "another device, index ") + index;
+  }
+
+  static ScalarType scalar_type(Type type) {
+    switch (type) {
+      case Type::kBool: return ScalarType::Bool;
+      case Type::kInt32: return ScalarType::Int;
+      case Type::kInt64: return ScalarType::Long;
+      case Type::kFloat64: return ScalarType::Double;
+      default: return ScalarType::Float;
+    }
+  }
+
+  static const char* dtype_name(ScalarType type) {
+    switch (type) {  // torch's Python names where the op list uses the type, C++ names elsewhere
+      case ScalarType::Bool: return "bool";
+      case ScalarType::Int: return "int32";
+      case ScalarType::Long: return "int64";
+      case ScalarType::Half: return "float16";
+      case ScalarType::BFloat16: return "bfloat16";
+      case ScalarType::Float: return "float32";
+      case ScalarType::Double: return "float64";
+      default: return torch::headeronly::toString(type);
+    }
+  }
+};
+
+// Data pointers; null for an optional argument that was not given.
+template <typename T>
+const T* input(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+const T* input(const std::optional<Tensor>& tensor) {
+  return tensor ? input<T>(*tensor) : nullptr;
+}
+template <typename T>
+T* output(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <typename T>
+T* output(const std::optional<Tensor>& tensor) {
+  return tensor ? output<T>(*tensor) : nullptr;
+}
+
+}  // namespace elastic_cache::ops

@@ -1,0 +1,52 @@
+// The ops as functions of tensors: check the arguments, fill the params struct, call the kernel.
+// Shapes and dtypes: the op's header under include/elastic_cache/.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+namespace elastic_cache::ops {
+
+using torch::stable::Tensor;
+
+void select_rows(const Tensor& masked, const Tensor& committed, const Tensor& tracked,
+                 const Tensor& window, const Tensor& lookahead, const Tensor& rows,
+                 const Tensor& segments, const Tensor& window_rows);
+
+void refresh_rows(const Tensor& first_full_layer, const Tensor& key_range, int64_t layer,
+                  int64_t capacity, const Tensor& rows, const Tensor& offsets);
+
+void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int64_t capacity,
+                 const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
+                 const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old);
+
+void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
+                      const Tensor& rows, const Tensor& key_range, double scale, const Tensor& out,
+                      const Tensor& lse);
+
+void drift_statistics(const Tensor& q_cache, const Tensor& k_cache,
+                      const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,
+                      const Tensor& rows, const Tensor& segments, const Tensor& key_range,
+                      const Tensor& lse, double scale, const Tensor& mass,
+                      const Tensor& similarity);
+
+void drift_decision(const Tensor& similarity, const Tensor& gamma, const Tensor& mass,
+                    const Tensor& masked, const Tensor& key_range, int64_t layer,
+                    const Tensor& first_full_layer, const Tensor& tracked);
+
+void add_rms_norm(const Tensor& residual, const std::optional<Tensor>& delta, const Tensor& weight,
+                  double eps, const Tensor& out, const std::optional<Tensor>& rows,
+                  const std::optional<Tensor>& x_cache);
+
+void swiglu(const Tensor& gate_up, const Tensor& out);
+
+void token_confidence(const Tensor& logits, const std::optional<Tensor>& noise, const Tensor& token,
+                      const Tensor& confidence);
+
+void commit(const Tensor& token, const Tensor& confidence, const Tensor& candidates,
+            const Tensor& rule, const Tensor& amount, const Tensor& key_range, int64_t eos_id,
+            const Tensor& tokens, const Tensor& masked, const Tensor& committed,
+            const Tensor& eos_position, const Tensor& status);
+
+}  // namespace elastic_cache::ops

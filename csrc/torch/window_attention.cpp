@@ -1,0 +1,51 @@
+// window_attention: Tensor -> params -> kernel.
+#include "elastic_cache/window_attention.h"
+
+#include "checks.h"
+#include "ops.h"
+
+namespace elastic_cache::ops {
+
+void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
+                      const Tensor& rows, const Tensor& key_range, double scale, const Tensor& out,
+                      const Tensor& lse) {
+  const Checks check("window_attention", {{"q_cache", q_cache, Type::kModel},
+                                          {"k_cache", k_cache, Type::kModel},
+                                          {"v_cache", v_cache, Type::kModel},
+                                          {"rows", rows, Type::kInt32},
+                                          {"key_range", key_range, Type::kInt32},
+                                          {"out", out, Type::kModel},
+                                          {"lse", lse, Type::kFloat32}});
+  check.shape("q_cache", q_cache, {{"slots"}, {"heads"}, {"head_dim"}});
+  const int64_t slots = q_cache.size(0), heads = q_cache.size(1), head_dim = q_cache.size(2);
+  check.shape("k_cache", k_cache, {{"slots", slots}, {"kv_heads"}, {"head_dim", head_dim}});
+  const int64_t kv_heads = k_cache.size(1);
+  check.shape("v_cache", v_cache,
+              {{"slots", slots}, {"kv_heads", kv_heads}, {"head_dim", head_dim}});
+  check.heads(heads, kv_heads);
+  check.shape("rows", rows, {{"rows"}});
+  const int64_t num_rows = rows.size(0);
+  check.shape("key_range", key_range, {{"sequences"}, {"2", 2}});
+  const int64_t capacity = check.capacity(slots, key_range.size(0));
+  check.shape("out", out, {{"rows", num_rows}, {"heads", heads}, {"head_dim", head_dim}});
+  check.shape("lse", lse, {{"rows", num_rows}, {"heads", heads}});
+
+  check.indices("rows", rows, slots);
+  check.key_range(key_range, capacity);
+  window_attention_cpu({.dtype = check.dtype(),
+                        .num_rows = num_rows,
+                        .num_heads = heads,
+                        .num_kv_heads = kv_heads,
+                        .head_dim = head_dim,
+                        .capacity = capacity,
+                        .scale = static_cast<float>(scale),
+                        .q_cache = input<void>(q_cache),
+                        .k_cache = input<void>(k_cache),
+                        .v_cache = input<void>(v_cache),
+                        .rows = input<int32_t>(rows),
+                        .key_range = input<int32_t>(key_range),
+                        .out = output<void>(out),
+                        .lse = output<float>(lse)});
+}
+
+}  // namespace elastic_cache::ops

@@ -1,0 +1,404 @@
+"""The native operators, one thin function each; nothing else touches `torch.ops.elastic_cache`.
+
+Every op writes into tensors it is given and returns nothing, so a step allocates nothing and its
+addresses never change. Importing this module loads the shared object that registers the ops.
+
+Letters in the docstrings, as in csrc/include/elastic_cache/types.h:
+
+    S sequences, each owning C (capacity) consecutive slots; N = S * C slots in all;
+    slot = sequence * C + position; a row is one token computed in this step, R rows;
+    H query heads, Hkv key/value heads (H % Hkv == 0), D head_dim, L layers, W window rows;
+    "model" is the model's dtype, float32 or bfloat16, the same for all such arguments of a call.
+
+`rows` is int32 [R], slots; a row whose slot is -1 is skipped and its outputs are zero.
+`key_range` is int32 [S, 2], the first and one-past-last position of a sequence that may be read.
+`segments` is int32 [S, 5]: where a sequence's rows begin in the row list, then how many of them
+are tracked, newly committed, window and lookahead rows.
+
+All tensors are contiguous unless said otherwise and on one device. A wrong argument raises
+ValueError with a sentence that names op, argument, rule and what was seen; device, dtype, layout
+and shape are checked on every device, the values of indices on the CPU only.
+
+Sources: "Attention Is All You Need for KV Cache in Diffusion LLMs" (arXiv 2510.14973), called the
+paper below, and Fast-dLLM (arXiv 2505.22618).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def _load() -> None:
+    """Load the shared object beside this file; it registers schemas and kernels."""
+    path = Path(__file__).parent / "_ops.abi3.so"
+    if not path.exists():
+        raise ImportError(
+            f"elastic_cache: the native operators are not built ({path} is missing): run "
+            "`pip install --no-build-isolation -e .` in the checkout"
+        )
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"elastic_cache: the native operators do not load with torch {torch.__version__} "
+            f"({error}): run `pip install --no-build-isolation -e .` in the checkout again"
+        ) from error
+
+
+def _fake(*args: object) -> None:
+    """The kernel of every op on tensors without data: outputs are given, nothing to shape."""
+
+
+_load()
+_ops = torch.ops.elastic_cache
+_select_rows = _ops.select_rows.default
+_refresh_rows = _ops.refresh_rows.default
+_cache_write = _ops.cache_write.default
+_window_attention = _ops.window_attention.default
+_drift_statistics = _ops.drift_statistics.default
+_drift_decision = _ops.drift_decision.default
+_add_rms_norm = _ops.add_rms_norm.default
+_swiglu = _ops.swiglu.default
+_token_confidence = _ops.token_confidence.default
+_commit = _ops.commit.default
+
+for _op in (
+    _select_rows,
+    _refresh_rows,
+    _cache_write,
+    _window_attention,
+    _drift_statistics,
+    _drift_decision,
+    _add_rms_norm,
+    _swiglu,
+    _token_confidence,
+    _commit,
+):
+    torch.library.register_fake(_op, _fake)
+
+
+def select_rows(
+    masked: Tensor,
+    committed: Tensor,
+    tracked: Tensor,
+    window: Tensor,
+    lookahead: Tensor,
+    rows: Tensor,
+    segments: Tensor,
+    window_rows: Tensor,
+) -> None:
+    """The rows a step computes: tracked, newly committed, window, lookahead, in this order.
+
+    The window is the leftmost `window` positions still masked, lookahead the next ones: computed,
+    but not decoded. A position is listed once, under the first kind that claims it; tracked and
+    committed rows are in ascending order.
+
+    Args:
+        masked: bool [S, C], positions still masked.
+        committed: bool [S, C], positions committed in the previous step.
+        tracked: int32 [L, S, k], positions every layer chose in the previous step, -1 = none.
+        window: int32 [S], how many masked positions each sequence decodes at once.
+        lookahead: int32 [S].
+        rows: out, int32 [max_rows], padded with -1.
+        segments: out, int32 [S, 5].
+        window_rows: out, int32 [max_window], indices into `rows` of the window rows, padded
+            with -1.
+
+    Raises:
+        ValueError: a wrong argument, or `rows` or `window_rows` is too short.
+
+    Source: the rows of a step in the paper's code; lookahead is an addition.
+    """
+    _select_rows(masked, committed, tracked, window, lookahead, rows, segments, window_rows)
+
+
+def refresh_rows(
+    first_full_layer: Tensor,
+    key_range: Tensor,
+    layer: int,
+    capacity: int,
+    rows: Tensor,
+    offsets: Tensor,
+) -> None:
+    """The rows that run in full mode at `layer`: all positions in the key range of every sequence
+    whose `first_full_layer` is at most `layer`.
+
+    Args:
+        first_full_layer: int32 [S].
+        key_range: int32 [S, 2].
+        layer: index of the layer.
+        capacity: C.
+        rows: out, int32 [max_rows], padded with -1.
+        offsets: out, int32 [S + 1]; sequence s owns rows offsets[s] .. offsets[s + 1] - 1.
+
+    Raises:
+        ValueError: a wrong argument, or `rows` is too short.
+
+    Source: the paper's depth-selective refresh.
+    """
+    _refresh_rows(first_full_layer, key_range, layer, capacity, rows, offsets)
+
+
+def cache_write(
+    qkv: Tensor,
+    rows: Tensor,
+    rope: Tensor,
+    capacity: int,
+    q_cache: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_old: Tensor | None,
+    k_old: Tensor | None,
+) -> None:
+    """Rotate the queries and keys of the rows (RoPE, NeoX halves, float32) at their positions and
+    store q, k, v in the cache; first save what is overwritten, for the drift test.
+
+    Args:
+        qkv: model [R, (H + 2 Hkv) * D], q heads, k heads, v heads; rows may be any distance apart.
+        rows: int32 [R].
+        rope: float32 [at least C, D], D/2 cosines, then D/2 sines of each position.
+        capacity: C; position = slot % C.
+        q_cache: in and out, model [N, H, D].
+        k_cache: in and out, model [N, Hkv, D].
+        v_cache: in and out, model [N, Hkv, D].
+        q_old: out, model [R, H, D], or None.
+        k_old: out, model [R, Hkv, D], or None.
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: RoFormer (arXiv 2104.09864) for the rotation; the saved rows replace the copy of the
+    whole K cache in the paper's code.
+    """
+    _cache_write(qkv, rows, rope, capacity, q_cache, k_cache, v_cache, q_old, k_old)
+
+
+def window_attention(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    key_range: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Attention of the rows over all keys in their sequence's range, without a mask.
+
+    Args:
+        q_cache: model [N, H, D]; queries are read at the rows' slots.
+        k_cache: model [N, Hkv, D].
+        v_cache: model [N, Hkv, D].
+        rows: int32 [R].
+        key_range: int32 [S, 2].
+        scale: factor of the scores, usually 1 / sqrt(D).
+        out: out, model [R, H, D].
+        lse: out, float32 [R, H], natural logarithm of the sum of exp(score).
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: FlashAttention (arXiv 2205.14135) for the log-sum-exp form.
+    """
+    _window_attention(q_cache, k_cache, v_cache, rows, key_range, scale, out, lse)
+
+
+def drift_statistics(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    q_old: Tensor | None,
+    k_old: Tensor | None,
+    rows: Tensor,
+    segments: Tensor,
+    key_range: Tensor,
+    lse: Tensor,
+    scale: float,
+    mass: Tensor,
+    similarity: Tensor,
+) -> None:
+    """How much attention every key gets from the window, and how far attention has drifted.
+
+    mass[s, k] sums the attention of all heads and window rows to key k; similarity[s] is the mean
+    over (tracked row, key) of the cosine, over the HEAD axis, between the attention weights
+    before and after this layer's rows were written; +infinity without tracked rows.
+
+    Args:
+        q_cache: model [N, H, D], after this layer's rows were written.
+        k_cache: model [N, Hkv, D], likewise.
+        q_old: model [R, H, D], the overwritten queries; None when no sequence has tracked rows.
+        k_old: model [R, Hkv, D], the overwritten keys; None likewise.
+        rows: int32 [R].
+        segments: int32 [S, 5].
+        key_range: int32 [S, 2].
+        lse: float32 [R, H], from `window_attention` of the same rows.
+        scale: as given to `window_attention`.
+        mass: out, float32 [S, C]; 0 outside of the key range.
+        similarity: out, float64 [S].
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: the paper's drift test and most-attended token, as its code computes them.
+    """
+    _drift_statistics(
+        q_cache, k_cache, q_old, k_old, rows, segments, key_range, lse, scale, mass, similarity
+    )
+
+
+def drift_decision(
+    similarity: Tensor,
+    gamma: Tensor,
+    mass: Tensor,
+    masked: Tensor,
+    key_range: Tensor,
+    layer: int,
+    first_full_layer: Tensor,
+    tracked: Tensor,
+) -> None:
+    """Let layers from `layer + 1` on run in full mode where the drift test fails, and choose the
+    tokens that the next step recomputes.
+
+    Args:
+        similarity: float64 [S].
+        gamma: float64 [S]; a similarity below it fails the test.
+        mass: float32 [S, C].
+        masked: bool [S, C] before this step's commit; masked positions are never chosen.
+        key_range: int32 [S, 2].
+        layer: index of the layer tested.
+        first_full_layer: in and out, int32 [S]; lowered to layer + 1 on failure.
+        tracked: out, int32 [S, k], positions of largest mass, best first, padded with -1.
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: the paper's layer-wise trigger.
+    """
+    _drift_decision(similarity, gamma, mass, masked, key_range, layer, first_full_layer, tracked)
+
+
+def add_rms_norm(
+    residual: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    rows: Tensor | None,
+    x_cache: Tensor | None,
+) -> None:
+    """Add `delta` to the residual, store the sum in the layer-input cache, normalise it.
+
+    The sum is rounded to the model dtype; the norm is float32, rounded, then times the weight.
+
+    Args:
+        residual: in and out, model [R, d].
+        delta: model [R, d], or None.
+        weight: model [d].
+        eps: added to the mean square.
+        out: out, model [R, d].
+        rows: int32 [R], given together with `x_cache`, or None.
+        x_cache: in and out, model [N, d], or None.
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: RMSNorm (arXiv 1910.07467) in the rounding order of LLaDA's code.
+    """
+    _add_rms_norm(residual, delta, weight, eps, out, rows, x_cache)
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """out = silu(gate) * up, silu in float32 and rounded to the model dtype before the product.
+
+    Args:
+        gate_up: model [R, 2F], gate, then up.
+        out: out, model [R, F].
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: "GLU Variants Improve Transformer" (arXiv 2002.05202).
+    """
+    _swiglu(gate_up, out)
+
+
+def token_confidence(
+    logits: Tensor, noise: Tensor | None, token: Tensor, confidence: Tensor
+) -> None:
+    """The token of every row of logits and the model's probability of it.
+
+    token = argmax(logits + noise), ties to the lowest id; confidence = softmax(logits)[token],
+    summed in double. A row with NaN or +infinity gets token 0 and confidence NaN, and is never
+    committed.
+
+    Args:
+        logits: model [W, V]; rows may be any distance apart.
+        noise: float64 [W, V], or None for greedy decoding.
+        token: out, int64 [W].
+        confidence: out, float64 [W].
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: LLaDA's low-confidence decoding (arXiv 2502.09992).
+    """
+    _token_confidence(logits, noise, token, confidence)
+
+
+def commit(
+    token: Tensor,
+    confidence: Tensor,
+    candidates: Tensor,
+    rule: Tensor,
+    amount: Tensor,
+    key_range: Tensor,
+    eos_id: int,
+    tokens: Tensor,
+    masked: Tensor,
+    committed: Tensor,
+    eos_position: Tensor,
+    status: Tensor,
+) -> None:
+    """Commit candidates by confidence, cut the tail after the first EOS, report to the host.
+
+    Rules per sequence: 0 threshold (amount eps: confidence >= min(eps, best)), 1 top k (amount
+    k), 2 factor (the r-th best while confidence >= 1 - amount / (r + 1), the best always).
+    Candidates that are -1 or no longer masked are ignored; a NaN confidence stops the whole
+    sequence from committing.
+
+    Args:
+        token: int64 [W].
+        confidence: float64 [W].
+        candidates: int32 [W], slots, -1 = skip.
+        rule: int32 [S].
+        amount: float64 [S].
+        key_range: int32 [S, 2]; positions outside of it are never touched.
+        eos_id: token id that ends the answer, -1 = none does.
+        tokens: in and out, int64 [S, C].
+        masked: in and out, bool [S, C].
+        committed: out, bool [S, C], exactly the positions committed by this call.
+        eos_position: in and out, int32 [S], -1 before the tail was cut.
+        status: out, int32 [S, 4]: positions committed, positions still masked, EOS position,
+            candidates whose confidence was NaN.
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: the paper's code (threshold, top k, EOS); Fast-dLLM (factor).
+    """
+    _commit(
+        token,
+        confidence,
+        candidates,
+        rule,
+        amount,
+        key_range,
+        eos_id,
+        tokens,
+        masked,
+        committed,
+        eos_position,
+        status,
+    )

@@ -51,3 +51,15 @@ class Model:
     tokenizer: Tokenizer | None
     device: torch.device
     dtype: torch.dtype
+
+
+def rope_table(length: int, head_dim: int, theta: float) -> torch.Tensor:
+    """Rotation table [length, head_dim] float32: head_dim / 2 cosines, then as many sines.
+
+    The same operations in the same order and precision as LLaDA's own code, so the same bits;
+    computed on the CPU for every device, because devices differ in the last bit of cos and sin.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+    inv_freq = 1.0 / (theta**exponents)
+    angles = torch.outer(torch.arange(length, dtype=torch.float), inv_freq)
+    return torch.cat((angles.cos(), angles.sin()), dim=1)

@@ -76,6 +76,8 @@ class GenerationConfig:
         _number("gamma", self.gamma)
         _number("threshold", self.threshold, least=0.0, most=1.0)
         _number("temperature", self.temperature, least=0.0)
+        if math.isinf(self.temperature):
+            raise ValueError(f"temperature must be finite, got {self.temperature}")
         if self.factor is not None:
             _number("factor", self.factor, least=0.0)
         if self.seed is not None:

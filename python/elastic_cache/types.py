@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+
+
+class Message(TypedDict):
+    """One chat message; role is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,347 @@
+"""The ten operators in plain torch: the executable specification, read next to the op headers.
+
+Same names, argument order and in-place outputs as `elastic_cache.ops`, and nothing is returned.
+Vocabulary (S sequences, C slots of each, R rows, H heads, ...): csrc/include/elastic_cache/types.h.
+
+The subtle thing is precision. Tensors the ops take as float32 or bfloat16 may also be float64 here,
+and so may every output that is not exact. Inner arithmetic is float32, or float64 for float64
+tensors, and results are rounded where the headers say so: running the same inputs through float64
+therefore gives the value that an operator is measured against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+THRESHOLD, TOP_K, FACTOR = 0, 1, 2
+"""Values of `rule` in `commit`, CommitRule in types.h."""
+
+
+def select_rows(
+    masked: Tensor,  # [S, C] bool
+    committed: Tensor,  # [S, C] bool
+    tracked: Tensor,  # [L, S, k] int32 positions, -1 = none
+    window: Tensor,  # [S] int32
+    lookahead: Tensor,  # [S] int32
+    rows: Tensor,  # [max_rows] int32 out
+    segments: Tensor,  # [S, 5] int32 out
+    window_rows: Tensor,  # [max_window] int32 out
+) -> None:
+    """Which rows a step computes: tracked, committed, window and lookahead of every sequence."""
+    capacity = masked.shape[1]
+    slots: list[int] = []
+    decoded: list[int] = []  # indices into slots of the window rows
+    for s in range(masked.shape[0]):
+        chosen = sorted({p for p in tracked[:, s].flatten().tolist() if p >= 0})
+        fresh = [p for p in _positions(committed[s]) if p not in chosen]
+        masks = [p for p in _positions(masked[s]) if p not in chosen and not committed[s, p]]
+        split = int(window[s])
+        kinds = (chosen, fresh, masks[:split], masks[split : split + int(lookahead[s])])
+        counts = [len(positions) for positions in kinds]
+        begin = len(slots)
+        slots.extend(s * capacity + p for positions in kinds for p in positions)
+        window_begin = begin + counts[0] + counts[1]
+        decoded.extend(range(window_begin, window_begin + counts[2]))
+        segments[s] = torch.tensor([begin, *counts], dtype=segments.dtype)
+    _fill_padded("select_rows", "rows", rows, slots)
+    _fill_padded("select_rows", "window_rows", window_rows, decoded)
+
+
+def refresh_rows(
+    first_full_layer: Tensor,  # [S] int32
+    key_range: Tensor,  # [S, 2] int32
+    layer: int,
+    capacity: int,
+    rows: Tensor,  # [max_rows] int32 out
+    offsets: Tensor,  # [S + 1] int32 out
+) -> None:
+    """Every position of the sequences that run in full mode at `layer`, and where each starts."""
+    slots: list[int] = []
+    offsets[0] = 0
+    for s, (first, last) in enumerate(key_range.tolist()):
+        if layer >= int(first_full_layer[s]):
+            slots.extend(range(s * capacity + first, s * capacity + last))
+        offsets[s + 1] = len(slots)
+    _fill_padded("refresh_rows", "rows", rows, slots)
+
+
+def cache_write(
+    qkv: Tensor,  # [R, (H + 2 Hkv) * D]
+    rows: Tensor,  # [R] int32 slots, -1 = skip
+    rope: Tensor,  # [positions, D] float32: D/2 cosines, then D/2 sines
+    capacity: int,
+    q_cache: Tensor,  # [N, H, D] in and out
+    k_cache: Tensor,  # [N, Hkv, D] in and out
+    v_cache: Tensor,  # [N, Hkv, D] in and out
+    q_old: Tensor | None,  # [R, H, D] out
+    k_old: Tensor | None,  # [R, Hkv, D] out
+) -> None:
+    """Save the cached q and k of `rows`, then overwrite q, k (both rotated) and v there."""
+    kept = rows >= 0
+    slots = rows[kept].long()
+    for old, cache in ((q_old, q_cache), (k_old, k_cache)):
+        if old is not None:
+            old.zero_()
+            old[kept] = cache[slots]
+    num_heads, head_dim = q_cache.shape[1:]
+    num_kv_heads = k_cache.shape[1]
+    heads = qkv[kept].view(len(slots), num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    angles = rope[slots % capacity]
+    q_cache[slots] = _rotate(q, angles)
+    k_cache[slots] = _rotate(k, angles)
+    v_cache[slots] = v
+
+
+def window_attention(
+    q_cache: Tensor,  # [N, H, D]
+    k_cache: Tensor,  # [N, Hkv, D]
+    v_cache: Tensor,  # [N, Hkv, D]
+    rows: Tensor,  # [R] int32 slots, -1 = skip
+    key_range: Tensor,  # [S, 2] int32
+    scale: float,
+    out: Tensor,  # [R, H, D] out
+    lse: Tensor,  # [R, H] float32 out
+) -> None:
+    """Attention of a few rows over all keys of their sequence, unmasked, with log-sum-exp."""
+    num_heads = q_cache.shape[1]
+    out.zero_()
+    lse.zero_()
+    for mine, keys in _rows_of_sequences(rows, key_range, k_cache.shape[0]):
+        q = _wide(q_cache[rows[mine].long()])
+        scores = scale * _products(q, _wide(k_cache[keys]))  # [r, H, K]
+        row_lse = scores.logsumexp(-1)
+        weights = (scores - row_lse[..., None]).exp()
+        values = _every_head(_wide(v_cache[keys]), num_heads)
+        out[mine] = torch.einsum("rhk,khd->rhd", weights, values).to(out.dtype)
+        lse[mine] = row_lse.to(lse.dtype)
+
+
+def drift_statistics(
+    q_cache: Tensor,  # [N, H, D]
+    k_cache: Tensor,  # [N, Hkv, D]
+    q_old: Tensor | None,  # [R, H, D]
+    k_old: Tensor | None,  # [R, Hkv, D]
+    rows: Tensor,  # [R] int32 slots, -1 = skip
+    segments: Tensor,  # [S, 5] int32
+    key_range: Tensor,  # [S, 2] int32
+    lse: Tensor,  # [R, H] float32
+    scale: float,
+    mass: Tensor,  # [S, C] float32 out
+    similarity: Tensor,  # [S] float64 out
+) -> None:
+    """Per sequence: attention mass of every key, and how far tracked rows drifted since last step.
+
+    The cosine runs over the HEAD axis: one H-vector of attention weights per (tracked row, key).
+    """
+    capacity = mass.shape[1]
+    mass.zero_()
+    similarity.fill_(math.inf)
+    for s, (begin, tracked, committed, window, _) in enumerate(segments.tolist()):
+        first, last = key_range[s].tolist()
+        keys = slice(s * capacity + first, s * capacity + last)
+        k_new = _wide(k_cache[keys])
+        window_begin = begin + tracked + committed
+        window_rows = _not_skipped(rows, window_begin, window)
+        p_window = _weights(q_cache, k_new, rows[window_rows], lse[window_rows], scale)
+        mass[s, first:last] = p_window.sum((0, 1)).to(mass.dtype)
+        test_rows = _not_skipped(rows, begin, tracked)
+        if q_old is None or k_old is None or len(test_rows) == 0 or first == last:
+            continue
+        p_new = _weights(q_cache, k_new, rows[test_rows], lse[test_rows], scale)
+        before = k_cache.clone()
+        before[rows[rows >= 0].long()] = k_old[rows >= 0]
+        p_old = (scale * _products(_wide(q_old[test_rows]), _wide(before[keys]))).softmax(-1)
+        norms = p_old.norm(dim=1).clamp_min(1e-8) * p_new.norm(dim=1).clamp_min(1e-8)
+        similarity[s] = ((p_old * p_new).sum(1) / norms).mean(dtype=torch.float64)
+
+
+def drift_decision(
+    similarity: Tensor,  # [S] float64
+    gamma: Tensor,  # [S] float64
+    mass: Tensor,  # [S, C] float32
+    masked: Tensor,  # [S, C] bool, before this step's commit
+    key_range: Tensor,  # [S, 2] int32
+    layer: int,
+    first_full_layer: Tensor,  # [S] int32 in and out
+    tracked: Tensor,  # [S, k] int32 out: positions, best first, padded with -1
+) -> None:
+    """Which layer runs in full mode next, and which positions to recompute in the next step."""
+    failed = (similarity < gamma) & (first_full_layer > layer + 1)
+    first_full_layer[failed] = layer + 1
+    tracked.fill_(-1)
+    for s, (first, last) in enumerate(key_range.tolist()):
+        eligible = first + (~masked[s, first:last]).nonzero().flatten()
+        order = mass[s, eligible].sort(descending=True, stable=True).indices
+        best = eligible[order[: tracked.shape[1]]]
+        tracked[s, : len(best)] = best.to(tracked.dtype)
+
+
+def add_rms_norm(
+    residual: Tensor,  # [R, d] in and out
+    delta: Tensor | None,  # [R, d]
+    weight: Tensor,  # [d]
+    eps: float,
+    out: Tensor,  # [R, d] out
+    rows: Tensor | None,  # [R] int32 slots, -1 = do not store
+    x_cache: Tensor | None,  # [N, d] in and out
+) -> None:
+    """Add `delta` to the residual, store it in `x_cache` at `rows`, and normalise it."""
+    if delta is not None:
+        residual += delta
+    if rows is not None and x_cache is not None:
+        kept = rows >= 0
+        x_cache[rows[kept].long()] = residual[kept]
+    x = _wide(residual)
+    normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    out.copy_(normed.to(residual.dtype) * weight)
+
+
+def swiglu(
+    gate_up: Tensor,  # [R, 2F]: gate, then up
+    out: Tensor,  # [R, F] out
+) -> None:
+    """silu(gate) * up, the activation of the feed-forward block."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    wide = _wide(gate)
+    out.copy_((wide * wide.sigmoid()).to(gate.dtype) * up)
+
+
+def token_confidence(
+    logits: Tensor,  # [W, V]
+    noise: Tensor | None,  # [W, V] float64
+    token: Tensor,  # [W] int64 out
+    confidence: Tensor,  # [W] float64 out
+) -> None:
+    """The token to commit per row of logits and the model's probability of it."""
+    if logits.shape[0] == 0:
+        return
+    wide = logits.double()
+    chosen = (wide if noise is None else wide + noise).argmax(-1)  # ties: the first
+    weights = (wide - wide.amax(-1, keepdim=True)).exp()
+    sure = weights.gather(-1, chosen[:, None])[:, 0] / weights.sum(-1)
+    spoilt = (wide.isnan() | wide.isposinf()).any(-1)
+    token.copy_(chosen.masked_fill(spoilt, 0))
+    confidence.copy_(sure.masked_fill(spoilt, math.nan))
+
+
+def commit(
+    token: Tensor,  # [W] int64
+    confidence: Tensor,  # [W] float64
+    candidates: Tensor,  # [W] int32 slots, -1 = skip
+    rule: Tensor,  # [S] int32: THRESHOLD, TOP_K or FACTOR
+    amount: Tensor,  # [S] float64: eps, k or factor
+    key_range: Tensor,  # [S, 2] int32
+    eos_id: int,
+    tokens: Tensor,  # [S, C] int64 in and out
+    masked: Tensor,  # [S, C] bool in and out
+    committed: Tensor,  # [S, C] bool out
+    eos_position: Tensor,  # [S] int32 in and out
+    status: Tensor,  # [S, 4] int32 out
+) -> None:
+    """Commit candidates by confidence, apply the EOS rule, and report to the host."""
+    capacity = tokens.shape[1]
+    committed.zero_()
+    slots, sure = candidates.tolist(), confidence.tolist()
+    for s, (first, last) in enumerate(key_range.tolist()):
+        mine = [
+            w
+            for w, slot in enumerate(slots)
+            if slot >= 0
+            and slot // capacity == s
+            and first <= slot % capacity < last
+            and masked[s, slot % capacity]
+        ]
+        num_nan = sum(math.isnan(sure[w]) for w in mine)
+        best_first = sorted(mine, key=lambda w: (-sure[w], slots[w])) if num_nan == 0 else []
+        count = _num_accepted([sure[w] for w in best_first], int(rule[s]), float(amount[s]))
+        for w in best_first[:count]:
+            position = slots[w] % capacity
+            tokens[s, position] = token[w]
+            masked[s, position] = False
+            committed[s, position] = True
+        ends = [p for p in _positions(committed[s]) if tokens[s, p] == eos_id]
+        if eos_id >= 0 and ends and eos_position[s] < 0:
+            eos_position[s] = ends[0]
+            masked[s, ends[0] + 1 : last] = False
+        report = [count, int(masked[s, first:last].sum()), int(eos_position[s]), num_nan]
+        status[s] = torch.tensor(report, dtype=status.dtype)
+
+
+def _num_accepted(sure: Sequence[float], rule: int, amount: float) -> int:
+    """How many of the confidences, given in descending order, a commit rule accepts."""
+    if not sure:
+        return 0
+    if rule == THRESHOLD:
+        return sum(c >= min(amount, sure[0]) for c in sure)
+    if rule == TOP_K:
+        return min(max(int(amount), 1), len(sure))
+    count = 1
+    while count < len(sure) and sure[count] >= 1 - amount / (count + 2):  # r = count + 1
+        count += 1
+    return count
+
+
+def _positions(flags: Tensor) -> list[int]:
+    """Indices of the true entries of a bool vector, ascending."""
+    positions: list[int] = flags.nonzero().flatten().tolist()
+    return positions
+
+
+def _fill_padded(op: str, name: str, out: Tensor, values: Sequence[int]) -> None:
+    """Write `values` to the front of a row list and -1 behind them."""
+    if len(values) > len(out):
+        raise ValueError(f"{op}: {name} must hold {len(values)} rows, got room for {len(out)}")
+    out.fill_(-1)
+    out[: len(values)] = torch.tensor(values, dtype=out.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in the precision that inner arithmetic uses."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """RoPE, NeoX halves, of x [R, heads, D] by angles [R, D] (cosines, then sines)."""
+    cos, sin = angles.to(_wide(x).dtype)[:, None].chunk(2, dim=-1)
+    left, right = _wide(x).chunk(2, dim=-1)
+    rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def _every_head(x: Tensor, num_heads: int) -> Tensor:
+    """[K, Hkv, D] -> [K, H, D]: query head h reads key/value head h // (H / Hkv)."""
+    return x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q [r, H, D] . k [K, Hkv, D] -> [r, H, K]."""
+    return torch.einsum("rhd,khd->rhk", q, _every_head(k, q.shape[1]))
+
+
+def _weights(q_cache: Tensor, k: Tensor, rows: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Attention weights [r, H, K] that `rows` give to the keys k, from their log-sum-exp."""
+    scores = scale * _products(_wide(q_cache[rows.long()]), k)
+    return (scores - lse[..., None]).exp()
+
+
+def _not_skipped(rows: Tensor, begin: int, count: int) -> Tensor:
+    """Indices begin .. begin + count - 1 of the row list, without those of skipped rows."""
+    return begin + (rows[begin : begin + count] >= 0).nonzero().flatten()
+
+
+def _rows_of_sequences(
+    rows: Tensor, key_range: Tensor, num_slots: int
+) -> Iterator[tuple[Tensor, slice]]:
+    """Per sequence that has rows: their indices in the row list, and the slots of its keys."""
+    if len(key_range) == 0:
+        return
+    capacity = num_slots // len(key_range)
+    for s, (first, last) in enumerate(key_range.tolist()):
+        mine = ((rows >= 0) & (rows // capacity == s)).nonzero().flatten()
+        if len(mine):
+            yield mine, slice(s * capacity + first, s * capacity + last)

@@ -1,0 +1,42 @@
+"""Fixtures that every test shares: the device, and random numbers that depend on the test alone."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import torch
+
+
+def _why_no_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not kernel("elastic_cache::swiglu", "CUDA"):
+        return "elastic_cache was built without CUDA kernels"
+    return None
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The same test body on the CPU and, where there is a GPU, on CUDA."""
+    if request.param == "cuda":
+        reason = _why_no_cuda()
+        if reason is not None:
+            pytest.skip(reason)
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The dtypes that the operators compute in."""
+    value: torch.dtype = request.param
+    return value
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """Random numbers (on the CPU) seeded by the test's name, so that every case has its own."""
+    return torch.Generator().manual_seed(zlib.crc32(request.node.name.encode()))

@@ -1,0 +1,37 @@
+"""drift_decision of one layer; plain torch is a masked top-k and a comparison, without a sync."""
+
+from __future__ import annotations
+
+import torch
+from elastic_cache import ops
+from harness import Case, Data, num_bytes, run
+
+SIZES = ((1, 350, 1), (1, 4096, 1), (8, 1024, 4))
+
+
+def make_case(data: Data, num_sequences: int, capacity: int, track_num: int) -> Case:
+    mass, masked = data.uniform(num_sequences, capacity), data.coin(
+        num_sequences, capacity, chance=0.4
+    )
+    similarity = data.uniform(num_sequences, dtype=torch.float64)
+    gamma = data.uniform(num_sequences, dtype=torch.float64)
+    key_range = data.int32([[0, capacity]] * num_sequences)
+    first_full, tracked = data.int32([9] * num_sequences), data.int32([[0] * track_num])
+    tracked = tracked.repeat(num_sequences, 1)
+
+    def plain() -> None:
+        first_full.copy_(torch.where(similarity < gamma, first_full.clamp(max=5), first_full))
+        tracked.copy_(mass.masked_fill(masked, 0.0).topk(track_num).indices)
+
+    return Case(
+        f"{num_sequences} x {capacity} positions, {track_num} tracked",
+        native=lambda: ops.drift_decision(
+            similarity, gamma, mass, masked, key_range, 4, first_full, tracked
+        ),
+        plain=plain,
+        num_bytes=num_bytes(mass, masked, tracked),
+    )
+
+
+if __name__ == "__main__":
+    run("drift_decision", lambda data: [make_case(data, *size) for size in SIZES])

@@ -5,18 +5,15 @@
 
 # The active python if it has torch >= 2.11 and pip may install into it (a system python often
 # says no, PEP 668); otherwise the one of .venv, which is made on demand.
-define FIND_PYTHON
-import importlib.metadata, importlib.util, os, sys, sysconfig
-torch = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2])
-marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
-is_managed = sys.prefix == sys.base_prefix and os.path.exists(marker)
-has_pip = importlib.util.find_spec("pip") is not None
-if torch >= (2, 11) and sys.version_info >= (3, 10) and has_pip and not is_managed:
-    print(sys.executable)
-endef
-export FIND_PYTHON
+FIND_PYTHON := import importlib.metadata, importlib.util, os, sys, sysconfig; \
+  torch = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2]); \
+  marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED"); \
+  is_managed = sys.prefix == sys.base_prefix and os.path.exists(marker); \
+  has_pip = importlib.util.find_spec("pip") is not None; \
+  is_new = torch >= (2, 11) and sys.version_info >= (3, 10); \
+  print(sys.executable if is_new and has_pip and not is_managed else "")
 VENV := $(CURDIR)/.venv
-PYTHON := $(or $(shell python3 -c "$$FIND_PYTHON" 2>/dev/null),$(VENV)/bin/python)
+PYTHON := $(or $(shell python3 -c '$(FIND_PYTHON)' 2>/dev/null),$(VENV)/bin/python)
 export PATH := $(dir $(PYTHON)):$(PATH)
 
 # One stamp per python, so that changing the environment installs into the new one.

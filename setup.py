@@ -112,12 +112,16 @@ def extension():
     )
 
 
+class BuildOps(BuildExtension):
+    """Keeps object files between builds; an editable install would compile everything anew."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = "build/temp"
+
+
 setup(
     ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
-    options={
-        "bdist_wheel": {"py_limited_api": "cp310"},
-        # Kept between builds, or an editable install would compile everything each time.
-        "build_ext": {"build_temp": "build/temp"},
-    },
+    cmdclass={"build_ext": BuildOps},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -10,14 +10,13 @@ SIZES = ((1, 350, 1), (1, 4096, 1), (8, 1024, 4))
 
 
 def make_case(data: Data, num_sequences: int, capacity: int, track_num: int) -> Case:
-    mass, masked = data.uniform(num_sequences, capacity), data.coin(
-        num_sequences, capacity, chance=0.4
-    )
+    mass = data.uniform(num_sequences, capacity)
+    masked = data.coin(num_sequences, capacity, chance=0.4)
     similarity = data.uniform(num_sequences, dtype=torch.float64)
     gamma = data.uniform(num_sequences, dtype=torch.float64)
     key_range = data.int32([[0, capacity]] * num_sequences)
-    first_full, tracked = data.int32([9] * num_sequences), data.int32([[0] * track_num])
-    tracked = tracked.repeat(num_sequences, 1)
+    first_full = data.int32([9] * num_sequences)
+    tracked = data.int32([[0] * track_num] * num_sequences)
 
     def plain() -> None:
         first_full.copy_(torch.where(similarity < gamma, first_full.clamp(max=5), first_full))

@@ -12,7 +12,8 @@ SIZES = ((1, 350), (1, 4096), (8, 1024))
 def make_case(data: Data, num_sequences: int, capacity: int) -> Case:
     first_full = data.int32([4 * (s % 2) for s in range(num_sequences)])
     key_range = data.int32([[0, capacity - s] for s in range(num_sequences)])
-    rows, offsets = data.int32([0] * num_sequences * capacity), data.int32([0] * (num_sequences + 1))
+    rows = data.int32([0] * num_sequences * capacity)
+    offsets = data.int32([0] * (num_sequences + 1))
     position = torch.arange(capacity, device=data.device)
 
     def plain() -> None:

@@ -9,7 +9,7 @@ import torch
 from elastic_cache import ops
 from harness import Case, Data, num_bytes, run
 
-SIZES = ((1, 350, 6, 16), (1, 4096, 32, 16), (8, 1024, 32, 32))
+SIZES = ((1, 350, 32, 16), (1, 4096, 32, 16), (8, 1024, 32, 32))
 
 
 def make_case(
@@ -17,9 +17,7 @@ def make_case(
 ) -> Case:
     masked = data.coin(num_sequences, capacity, chance=0.4)
     committed = data.coin(num_sequences, capacity, chance=4 / capacity) & ~masked
-    # Any position can be drawn: a masked one is then listed as tracked.
-    drawn = capacity * data.uniform(num_layers, num_sequences, 1)
-    tracked = drawn.int()
+    tracked = (capacity * data.uniform(num_layers, num_sequences, 1)).int()
     max_rows = num_sequences * (num_layers + window + 64)
     rows, window_rows = data.int32([0] * max_rows), data.int32([0] * max_rows)
     segments = data.int32([[0] * 5] * num_sequences)

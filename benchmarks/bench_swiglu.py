@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from elastic_cache import ops
 from harness import Case, Data, num_bytes, run
 
-SIZES = ((19, 512), (350, 512), (19, 12288), (128, 12288))
+SIZES = ((19, 384), (350, 384), (19, 12288), (128, 12288))
 
 
 def make_case(data: Data, num_rows: int, width: int) -> Case:

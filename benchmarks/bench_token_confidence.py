@@ -6,7 +6,7 @@ import torch
 from elastic_cache import ops
 from harness import Case, Data, num_bytes, run
 
-SIZES = ((16, 512), (16, 32000), (16, 126464), (64, 126464))
+SIZES = ((16, 768), (16, 32000), (16, 126464), (64, 126464))
 
 
 def make_case(data: Data, num_rows: int, vocab_size: int) -> Case:

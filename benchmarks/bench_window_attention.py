@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from elastic_cache import ops
 from harness import Case, Data, num_bytes, run
 
-SIZES = ((19, 350, 6, 6, 32), (350, 350, 6, 6, 32), (19, 1024, 32, 32, 128), (32, 1024, 32, 8, 128))
+SIZES = (
+    (19, 350, 4, 4, 32),
+    (350, 350, 4, 4, 32),
+    (19, 1024, 32, 32, 128),
+    (32, 1024, 32, 8, 128),
+)
 
 
 def make_case(

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 BATCHES_PER_POOL = 8
 LONGEST = 768
-_USUAL_LONGEST, _LONG_SHARE = 448, 0.06
+_USUAL_LONGEST, _LONG_POOLS = 448, 0.25
 _UNIFORM_SHARE = 0.25
 _WINDOW = (12, 32)
 _EOS_WEIGHT = 0.1
@@ -111,9 +111,14 @@ class Pools(Dataset):
 
 
 def _total_lengths(lengths: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Length of each sample with the EOS behind it, a multiple of _LENGTH_STEP."""
+    """Length of each sample with the EOS behind it, a multiple of _LENGTH_STEP.
+
+    In one pool of four, an eighth of the samples may be longer than usual: together they make
+    one long batch, where spread over all pools they would widen a batch of each.
+    """
     n = len(lengths)
-    is_long = torch.rand(n, generator=generator) < _LONG_SHARE
+    has_long = torch.rand(1, generator=generator) < _LONG_POOLS
+    is_long = (torch.arange(n) < n // BATCHES_PER_POOL) & has_long
     longest = torch.where(is_long, LONGEST, _USUAL_LONGEST)
     share = torch.rand(n, generator=generator).pow(1.5)
     totals = lengths + (share * (longest - lengths)).long()

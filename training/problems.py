@@ -16,6 +16,7 @@ HELD_OUT_SEED = 2_000_000_000
 VALIDATION_SEED = 2_000_000_001
 _SEEDS_PER_RUN = 1_000_000
 
+
 def held_out(count: int) -> list[tuple[str, str]]:
     """The first `count` problems that no training run has seen."""
     return problems(HELD_OUT_SEED, count)
@@ -26,9 +27,7 @@ def validation(count: int) -> list[tuple[str, str]]:
     return problems(VALIDATION_SEED, count)
 
 
-def training_problems(
-    seed: int, pool: int, excluded: frozenset[str]
-) -> Iterator[tuple[str, str]]:
+def training_problems(seed: int, pool: int, excluded: frozenset[str]) -> Iterator[tuple[str, str]]:
     """Endless problems of pool number `pool` of a run; questions in `excluded` are left out."""
     if not 0 <= seed < HELD_OUT_SEED // _SEEDS_PER_RUN or not 0 <= pool < _SEEDS_PER_RUN:
         raise ValueError(f"seed must be 0 to 1999 and pool below 1000000, got {seed} and {pool}")

@@ -215,6 +215,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_float32_matmul_precision("highest")
     settings = Settings(args.seed, args.batch, args.from_scratch)
     run = Run(args.init, args.out, settings, torch.device(args.device))

@@ -60,7 +60,7 @@ void add_rms_norm_row(const AddRmsNormParams& p, int64_t row) {
 }  // namespace
 
 void add_rms_norm_cpu(const AddRmsNormParams& params) {
-  constexpr double kNanosecondsPerElement = 0.3;
+  constexpr double kNanosecondsPerElement = 0.6;
   with_dtype(params.dtype, [&](auto zero) {
     parallel_for(params.num_rows, kNanosecondsPerElement * static_cast<double>(params.width),
                  [&](int64_t row) { add_rms_norm_row<decltype(zero)>(params, row); });

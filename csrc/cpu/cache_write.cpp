@@ -62,7 +62,7 @@ void write_row(const CacheWriteParams& p, int64_t row) {
 }  // namespace
 
 void cache_write_cpu(const CacheWriteParams& params) {
-  constexpr double kNanosecondsPerElement = 0.3;
+  constexpr double kNanosecondsPerElement = 0.2;
   const auto width = static_cast<double>((params.num_heads + 2 * params.num_kv_heads) *
                                          params.head_dim);
   with_dtype(params.dtype, [&](auto zero) {

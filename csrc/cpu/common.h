@@ -35,6 +35,7 @@ inline int max_threads() {
 #endif
 }
 
+// Of the calling thread in the innermost parallel region.
 inline int thread_index() {
 #ifdef _OPENMP
   return omp_get_thread_num();

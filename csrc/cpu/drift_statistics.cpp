@@ -22,7 +22,7 @@ namespace {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Small enough to share 350 keys evenly between a few threads.
-constexpr int64_t kBlockKeys = 16;
+constexpr int64_t kBlockKeys = 18;
 constexpr int64_t kCompareKeys = 64;
 
 // What a sequence needs, found before the parallel region. Scores and probabilities of tracked rows
@@ -260,7 +260,7 @@ void DriftTask<T>::compare_block(int64_t block) const {
   w_.cosines[block] = total;
 }
 
-// All phases of one sequence; called by every thread of a parallel region, or by one alone.
+// All phases of one sequence; called by every thread of a parallel region.
 template <class T>
 void run_sequence(const DriftStatisticsParams& p, const Sequence& q, const Workspace& w,
                   const BlockBuffers& b) {
@@ -320,16 +320,11 @@ void run(const DriftStatisticsParams& p, const std::vector<Sequence>& sequences)
   const int64_t scores = kBlockKeys * sizes.lanes, mass = kBlockKeys * kLanes;
   const int64_t keys = round_up(kBlockKeys * p.head_dim, 16), block = 2 * scores + keys + mass;
   const Scratch blocks(block * max_threads());
-  const auto run_all = [&] {
+#pragma omp parallel if (is_worth_sharing(sizes.nanoseconds))
+  {
     float* own = blocks.data() + thread_index() * block;
     const BlockBuffers b{own, own + scores, own + 2 * scores, own + 2 * scores + keys};
     for (const Sequence& q : sequences) run_sequence<T>(p, q, w, b);
-  };
-  if (is_worth_sharing(sizes.nanoseconds)) {
-#pragma omp parallel
-    run_all();
-  } else {
-    run_all();
   }
 }
 

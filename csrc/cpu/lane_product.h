@@ -85,6 +85,17 @@ inline void pack_query(const T* query, float factor, int64_t head_dim, int64_t l
   for (int64_t d = 0; d < head_dim; ++d) to[d * lanes] = to_float(query[d]) * factor;
 }
 
+// Asks for rows that will be needed soon. A head's part of a cache row is one or two cache lines, a
+// whole row apart from the next: hardware prefetchers do not follow, and a cache that has left the
+// second level costs more time than the arithmetic.
+template <class T>
+inline void prefetch_rows(const T* rows, int64_t stride, int64_t n, int64_t head_dim) {
+  constexpr int64_t kLineElements = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; ++i, rows += stride) {
+    for (int64_t d = 0; d < head_dim; d += kLineElements) __builtin_prefetch(rows + d, 0, 2);
+  }
+}
+
 // n rows of head_dim elements as contiguous floats.
 template <class T>
 inline void copy_rows(const T* from, int64_t stride, int64_t n, int64_t head_dim, float* to) {

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __FMA__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -40,9 +40,22 @@ inline To bit_cast(const From& from) {
 
 inline Float8 splat(float x) { return Float8{x, x, x, x, x, x, x, x}; }
 inline Double4 splat4(double x) { return Double4{x, x, x, x}; }
-// b unless a is greater or smaller; a NaN in b is kept.
-inline Float8 max(Float8 a, Float8 b) { return a > b ? a : b; }
-inline Float8 min(Float8 a, Float8 b) { return a < b ? a : b; }
+// b unless a is greater or smaller: a NaN in b is kept. Written out for AVX, because GCC turns the
+// comparison with a constant into two instructions where one does.
+inline Float8 max(Float8 a, Float8 b) {
+#ifdef __AVX__
+  return Float8(_mm256_max_ps(__m256(a), __m256(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Float8 min(Float8 a, Float8 b) {
+#ifdef __AVX__
+  return Float8(_mm256_min_ps(__m256(a), __m256(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // a * b + c, fused where the target can. Not left to the compiler on x86: tuned for Zen, GCC fuses in
 // some instantiations of a loop and not in others, and a row's result would depend on its batch.
@@ -110,11 +123,14 @@ inline Float8 round_to(Float8 x) {
   return load8(stored);
 }
 
+// Written out for AVX, because a loop over std::sqrt stays scalar unless errno is given up.
 inline Float8 sqrt(Float8 x) {
-  float lanes[kLanes];
-  store8(lanes, x);
-  for (float& lane : lanes) lane = std::sqrt(lane);
-  return load8(lanes);
+#ifdef __AVX__
+  return Float8(_mm256_sqrt_ps(__m256(x)));
+#else
+  for (int64_t lane = 0; lane < kLanes; ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
+#endif
 }
 
 inline float sum(Float8 x) {

@@ -28,7 +28,7 @@ void swiglu_row(const T* gate, const T* up, int64_t width, T* out) {
 }  // namespace
 
 void swiglu_cpu(const SwigluParams& params) {
-  constexpr double kNanosecondsPerElement = 1.2;
+  constexpr double kNanosecondsPerElement = 0.6;
   const int64_t width = params.width;
   with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -15,8 +15,8 @@ namespace {
 
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr int64_t kMaxVectors = 3;  // of lanes, per task
-// Scores and values of a block stay in a 32 KB first-level cache at D = 32 (6 KB + 8 KB).
-constexpr int64_t kBlockKeys = 64;
+// Scores and values of a block stay in a 32 KB first-level cache at D = 32 (7 KB + 9 KB).
+constexpr int64_t kBlockKeys = 72;
 
 // Lanes begin .. end - 1 of the lanes of a run of rows of one sequence.
 struct Chunk {
@@ -29,7 +29,7 @@ struct Chunk {
 struct Plan {
   std::vector<int32_t> valid_rows;
   std::vector<Chunk> chunks;
-  double mean_keys = 0.0;
+  double num_scores = 0.0;  // per key/value head
 };
 
 // Memory of one thread.
@@ -92,10 +92,13 @@ void attend(const T* keys, const T* values, int64_t stride, int64_t num_keys, in
   std::fill(w.output, w.output + dim * kStride, 0.0f);
   for (int64_t begin = 0; begin < num_keys; begin += kBlockKeys) {
     const int64_t n = std::min(kBlockKeys, num_keys - begin);
+    const int64_t next = begin + n;
+    prefetch_rows(values + begin * stride, stride, n, dim);
     const Operand k = rows_operand(keys + begin * stride, stride, n, dim, w.keys);
     Float8 rescale[NV];
     product_columns<NV>(w.query, kStride, k, dim, n, nullptr, w.scores);
     update_softmax<NV>(w.scores, n, state, rescale);
+    prefetch_rows(keys + next * stride, stride, std::min(kBlockKeys, num_keys - next), dim);
     copy_rows(values + begin * stride, stride, n, dim, w.values);
     product_columns<NV>(w.scores, kStride, {w.values, dim, 1}, n, dim, rescale, w.output);
   }
@@ -115,6 +118,14 @@ void run_task(const WindowAttentionParams& p, const Chunk& chunk, int64_t kv_hea
     return int64_t{chunk.run[(chunk.begin + lane) / group]};
   };
 
+  const int64_t first = p.key_range[2 * chunk.sequence];
+  const int64_t num_keys = std::max<int64_t>(p.key_range[2 * chunk.sequence + 1] - first, 0);
+  const int64_t stride = p.num_kv_heads * dim;
+  const int64_t start = (chunk.sequence * p.capacity + first) * stride + kv_head * dim;
+  const T* keys = static_cast<const T*>(p.k_cache) + start;
+  const T* values = static_cast<const T*>(p.v_cache) + start;
+  prefetch_rows(keys, stride, std::min(kBlockKeys, num_keys), dim);
+
   std::fill(w.query, w.query + dim * lanes, 0.0f);
   const T* queries = static_cast<const T*>(p.q_cache);
   const auto factor = static_cast<float>(p.scale / kLn2);
@@ -122,13 +133,6 @@ void run_task(const WindowAttentionParams& p, const Chunk& chunk, int64_t kv_hea
     const T* query = queries + offset(lane, p.rows[row_of(lane)]) * dim;
     pack_query(query, factor, dim, lanes, w.query + lane);
   }
-
-  const int64_t first = p.key_range[2 * chunk.sequence];
-  const int64_t num_keys = std::max<int64_t>(p.key_range[2 * chunk.sequence + 1] - first, 0);
-  const int64_t stride = p.num_kv_heads * dim;
-  const int64_t start = (chunk.sequence * p.capacity + first) * stride + kv_head * dim;
-  const T* keys = static_cast<const T*>(p.k_cache) + start;
-  const T* values = static_cast<const T*>(p.v_cache) + start;
   Softmax state;
   if (num_vectors == 3) attend<T, 3>(keys, values, stride, num_keys, dim, w, state);
   if (num_vectors == 2) attend<T, 2>(keys, values, stride, num_keys, dim, w, state);
@@ -179,8 +183,7 @@ Plan make_plan(const WindowAttentionParams& p) {
                              std::min(lane + max_lanes, lanes)});
     }
     const int32_t* range = p.key_range + 2 * sequence;
-    plan.mean_keys += static_cast<double>((end - begin) * std::max(range[1] - range[0], 0)) /
-                      static_cast<double>(num_valid);
+    plan.num_scores += static_cast<double>(lanes) * std::max(range[1] - range[0], 0);
   }
   return plan;
 }
@@ -192,21 +195,25 @@ void window_attention_cpu(const WindowAttentionParams& params) {
   constexpr double kNanosecondsPerMultiplyAdd = 0.03;
   const Plan plan = make_plan(params);
   const auto num_chunks = static_cast<int64_t>(plan.chunks.size());
+  const int64_t num_tasks = params.num_kv_heads * num_chunks, dim = params.head_dim;
+  const double work = kNanosecondsPerMultiplyAdd * 2 * plan.num_scores *
+                      static_cast<double>(params.num_kv_heads * dim);
+  const int64_t size = Workspace::size(dim);
+  const Scratch scratch(size * max_threads());
   with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t row = 0; row < params.num_rows; ++row) {
       if (params.rows[row] < 0) clear_row<T>(params, row);
     }
-    const int64_t size = Workspace::size(params.head_dim);
-    const Scratch scratch(size * max_threads());
-    parallel_for(params.num_kv_heads * num_chunks,
-                 kNanosecondsPerMultiplyAdd * 2 * kMaxVectors * kLanes * plan.mean_keys *
-                     static_cast<double>(params.head_dim),
-                 [&](int64_t task) {
-                   const Workspace w(scratch.data() + thread_index() * size, params.head_dim);
-                   run_task<T>(params, plan.chunks[static_cast<size_t>(task % num_chunks)],
-                               task / num_chunks, w);
-                 });
+#pragma omp parallel if (is_worth_sharing(work))
+    {
+      const Workspace w(scratch.data() + thread_index() * size, dim);
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < num_tasks; ++task) {
+        const Chunk& chunk = plan.chunks[static_cast<size_t>(task % num_chunks)];
+        run_task<T>(params, chunk, task / num_chunks, w);
+      }
+    }
   });
 }
 

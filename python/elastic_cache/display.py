@@ -192,14 +192,14 @@ def layer_strip(first_full: int, depth: int, glyphs: Glyphs) -> tuple[str, int]:
 def summary(result: Generation, seconds: float, glyphs: Glyphs) -> str:
     """One line of statistics of a finished answer that took `seconds` to generate."""
     speed = result.num_tokens / seconds if seconds else 0.0
-    ending = "end of text" if result.finish_reason == "eos" else "gen_length reached"
-    parts = (
+    parts = [
         f"{result.num_tokens} tokens in {seconds:.2f} s ({speed:.0f} tokens/s)",
         f"{result.nfe} forwards ({result.tokens_per_forward:.2f} each)",
         # Step 0 counts as L + 1 layers of L, as the method's authors count it.
         f"{min(result.update_frequency, 1):.0%} refreshed",
-        ending,
-    )
+    ]
+    if result.finish_reason == "length":
+        parts.append("gen_length reached")
     return glyphs.separator.join(parts)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import TypeIs
 
 from elastic_cache.models.weights import Model
 from elastic_cache.types import Message
@@ -36,12 +37,15 @@ def encode_prompt(
             a sequence longer than the model's, or nothing to decode.
     """
     config = model.config
-    if isinstance(prompt, str) or _is_chat(prompt):
-        ids = _encode_text(model, prompt)
-        is_infilling = False
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: give some text")
+        ids = _encode_chat(model, [{"role": "user", "content": prompt}])
+    elif _is_chat(prompt):
+        ids = _encode_chat(model, prompt)
     else:
         ids = _check_ids(model, prompt)
-        is_infilling = bool((ids == config.mask_id).any())
+    is_infilling = bool((ids == config.mask_id).any())
     if gen_length == 0 and not is_infilling:
         raise ValueError(
             "gen_length must be at least 1, got 0 (0 is for token ids that contain masks)"
@@ -57,25 +61,23 @@ def encode_prompt(
     return Prompt(ids, masked, 0 if is_infilling else total - gen_length)
 
 
-def _is_chat(prompt: object) -> bool:
+def _is_chat(
+    prompt: Sequence[Message] | Sequence[int] | torch.Tensor,
+) -> TypeIs[Sequence[Message]]:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], dict)
 
 
-def _encode_text(model: Model, prompt: str | Sequence[Message]) -> torch.Tensor:
+def _encode_chat(model: Model, messages: Sequence[Message]) -> torch.Tensor:
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{model.name!r} has no tokenizer.json: give the prompt as token ids")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if isinstance(prompt, str) and not prompt.strip():
-        raise ValueError("the prompt is empty: give some text")
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, str) and model.config.mask_id in tokenizer.encode(content):
-            raise ValueError(
-                "the prompt contains the mask token as text; to fill in masks, give token ids "
-                f"with {model.config.mask_id} at the positions to decode"
-            )
-    return torch.tensor(tokenizer.encode(tokenizer.render_chat(messages)), dtype=torch.int64)
+    ids = tokenizer.encode(tokenizer.render_chat(messages))
+    if model.config.mask_id in ids:
+        raise ValueError(
+            "the prompt contains the mask token as text; to fill in masks, give token ids "
+            f"with {model.config.mask_id} at the positions to decode"
+        )
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _check_ids(model: Model, prompt: Sequence[int] | torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 // The torch-free library by itself: every kernel is in it and does nothing on empty problems, and
 // one pass select_rows -> token_confidence -> commit gives the exact values its headers promise.
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <limits>
@@ -56,19 +55,18 @@ void run_empty_problems() {
 }
 
 // One sequence of 6 positions; 0 and 1 are known, 1 was committed just now, 0 is tracked.
-void run_step() {
-  const bool masked_before[] = {false, false, true, true, true, true};
-  bool masked[] = {false, false, true, true, true, true};
-  bool committed[] = {false, true, false, false, false, false};
-  const int32_t tracked[] = {0}, window[] = {2}, lookahead[] = {1}, key_range[] = {0, 6};
+void run_select_rows() {
+  const bool masked[] = {false, false, true, true, true, true};
+  const bool committed[] = {false, true, false, false, false, false};
+  const int32_t tracked[] = {0}, window[] = {2}, lookahead[] = {1};
   std::vector<int32_t> rows(8), segments(ec::kSegmentColumns), window_rows(3);
-  ec::SelectRowsParams select{.num_sequences = 1,
+  ec::SelectRowsParams params{.num_sequences = 1,
                               .capacity = 6,
                               .num_layers = 1,
                               .track_num = 1,
                               .max_rows = 8,
                               .max_window = 3,
-                              .masked = masked_before,
+                              .masked = masked,
                               .committed = committed,
                               .tracked = tracked,
                               .window = window,
@@ -76,18 +74,18 @@ void run_step() {
                               .rows = rows.data(),
                               .segments = segments.data(),
                               .window_rows = window_rows.data()};
-  expect_equal<int>("select_rows fits", {ec::select_rows_cpu(select)}, {1});
+  expect_equal<int>("select_rows fits", {ec::select_rows_cpu(params)}, {1});
   expect_equal<int32_t>("rows", rows, {0, 1, 2, 3, 4, -1, -1, -1});
   expect_equal<int32_t>("segments", segments, {0, 1, 1, 2, 1});
   expect_equal<int32_t>("window_rows", window_rows, {2, 3, -1});
-  select.max_rows = 4;
-  expect_equal<int>("select_rows does not fit", {ec::select_rows_cpu(select)}, {0});
+  params.max_rows = 4;
+  expect_equal<int>("select_rows does not fit", {ec::select_rows_cpu(params)}, {0});
+}
 
-  // Row 0 ties at its maximum: the lower id wins with probability 1/2. Row 1 is certain of 2.
+// Row 0 ties at its maximum: the lower id wins with probability 1/2. Row 1 is certain of 2.
+void run_token_confidence(std::vector<int64_t>& token, std::vector<double>& confidence) {
   const float low = -std::numeric_limits<float>::infinity();
   const float logits[] = {low, 3.0f, 3.0f, low, low, 1.0f};
-  std::vector<int64_t> token(2);
-  std::vector<double> confidence(2);
   ec::token_confidence_cpu({.dtype = ec::DType::kFloat32,
                             .num_rows = 2,
                             .vocab_size = 3,
@@ -97,9 +95,15 @@ void run_step() {
                             .confidence = confidence.data()});
   expect_equal<int64_t>("token", token, {1, 2});
   expect_equal<double>("confidence", confidence, {0.5, 1.0});
+}
 
+// Candidates at positions 2 and 3. Position 3 becomes EOS (id 2): 4 and 5 are dropped with their
+// tokens unchanged, 2 is not sure enough and stays masked.
+void run_commit(const std::vector<int64_t>& token, const std::vector<double>& confidence) {
   const int32_t candidates[] = {2, 3}, rule[] = {static_cast<int32_t>(ec::CommitRule::kThreshold)};
+  const int32_t key_range[] = {0, 6};
   const double amount[] = {0.9};
+  bool masked[] = {false, false, true, true, true, true}, committed[6] = {};
   std::vector<int64_t> tokens{7, 7, 9, 9, 9, 9};
   std::vector<int32_t> eos_position{-1}, status(ec::kStatusColumns);
   ec::commit_cpu({.num_sequences = 1,
@@ -117,7 +121,6 @@ void run_step() {
                   .committed = committed,
                   .eos_position = eos_position.data(),
                   .status = status.data()});
-  // Position 3 became EOS (id 2): 4 and 5 are dropped with their tokens unchanged, 2 stays masked.
   expect_equal<int64_t>("tokens", tokens, {7, 7, 9, 2, 9, 9});
   expect_equal<int>("masked", {masked, masked + 6}, {0, 0, 1, 0, 0, 0});
   expect_equal<int>("committed", {committed, committed + 6}, {0, 0, 0, 1, 0, 0});
@@ -129,7 +132,11 @@ void run_step() {
 
 int main() {
   run_empty_problems();
-  run_step();
+  run_select_rows();
+  std::vector<int64_t> token(2);
+  std::vector<double> confidence(2);
+  run_token_confidence(token, confidence);
+  run_commit(token, confidence);
   if (num_failures == 0) std::printf("all kernels as their headers say\n");
   return num_failures == 0 ? 0 : 1;
 }

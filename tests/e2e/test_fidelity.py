@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import elastic_cache
 import pytest
@@ -55,13 +56,16 @@ class Case:
     options: Options
 
     def __str__(self) -> str:
-        default = Options(0)
-        said = [
-            f"{f.name}={getattr(self.options, f.name)}"
-            for f in dataclasses.fields(Options)
-            if getattr(self.options, f.name) != getattr(default, f.name)
-        ]
-        return f"{self.checkpoint}: {len(self.prompt)} prompt ids, {', '.join(said)}"
+        name = self.checkpoint
+        if isinstance(name, Shape):
+            name = f"Shape({said(name, Shape(0, 0, 0))})"
+        return f"{name}: {len(self.prompt)} prompt ids, {said(self.options, Options(0))}"
+
+
+def said(value: Shape | Options, default: Shape | Options) -> str:
+    """The fields of `value` that differ from `default`."""
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return ", ".join(f"{k}={v}" for k, v in fields.items() if v != getattr(default, k))
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Divergence:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The oracle's matrices are too small to share between threads."""
+    """These matrices are too small to share: on a busy machine two threads cost 50 times one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -118,7 +122,9 @@ class Lab:
             model, engine = self.load(case.checkpoint)
             with one_thread():
                 want = generate(model, list(case.prompt), case.options)
-            got = engine.generate(list(case.prompt), trace=True, **dataclasses.asdict(case.options))
+                got = engine.generate(
+                    list(case.prompt), trace=True, **dataclasses.asdict(case.options)
+                )
             self.results[case] = want, first_divergence(want, got)
         return self.results[case]
 
@@ -149,9 +155,9 @@ def first_divergence(want: Result, got: elastic_cache.Generation) -> Divergence 
         ("num_tokens", want.num_tokens, got.num_tokens),
         ("update_frequency", *frequency),
     )
-    for quantity, oracle, engine in totals:
-        if oracle != engine:
-            return Divergence(want.nfe, quantity, oracle, engine, float("inf"))
+    for quantity, whole, seen_whole in totals:
+        if whole != seen_whole:
+            return Divergence(want.nfe, quantity, whole, seen_whole, float("inf"))
     return None
 
 
@@ -194,6 +200,31 @@ ELASTIC = elastic_matrix(SMALL, 40, seed=1) + [
     for case in elastic_matrix(["33 layers, 4 heads on 2"], 20, seed=2)
     if (case.options.window, case.options.gamma)
     in {(1, 0.9), (8, 0.99), (16, 0.9), (16, 0.999), (64, 0.0), (200, 0.9), (200, 2.0)}
+]
+# Between 0.8 and 0.97 the test fails at many depths, where 0.99 already fails at layer 0.
+DEEP = [name for name in SHAPES if name[0] in "358"] + ["33 layers, 4 heads on 2"]
+DEPTHS = [
+    Case(name, random_prompt(12, window), Options(gen_length, window=window, gamma=gamma))
+    for name in DEEP
+    for gen_length in (24 if name.startswith("33") else 48,)
+    for window in (8, 16, 32)
+    for gamma in (0.8, 0.95, 0.97)
+]
+# (seed, a token that this checkpoint is fond of somewhere in mid-answer): that token as EOS.
+FOND_OF = ((20, 34), (23, 37), (25, 52), (26, 30), (28, 27), (31, 69))
+ENDINGS = [
+    Case(Shape(4, 4, 2, seed=seed, eos_id=token), random_prompt(12, seed), options)
+    for seed, token in FOND_OF
+    for options in (
+        Options(48, window=6, gamma=0.9),
+        Options(48, window=6, gamma=0.97, track_num=2),
+        Options(48, window=16, gamma=0.97),
+        Options(48, window=16, gamma=0.9, block_caching=False),
+        Options(48, window=60, gamma=0.99),
+        Options(48, policy="none"),
+        Options(48, policy="prefix", block_length=16),
+        Options(48, policy="dual", block_length=32),
+    )
 ]
 MIDDLE = ["2 layers, 2 heads on 1", "5 layers, 8 heads on 2, tied", "8 layers, 4 heads, 3 shards"]
 VARIANTS = {
@@ -281,8 +312,12 @@ def random_cases(count: int, seed: int) -> list[Case]:
             score_gain=rng.choice((2.0, 3.0, 4.0)),
             logit_gain=rng.choice((5.0, 7.0)),
         )
-        rule: dict[str, float] = rng.choice(
-            ({}, {}, {}, {"tokens_per_step": rng.randint(1, 5)}, {"factor": rng.choice((0.5, 1.5))})
+        rules: tuple[dict[str, Any], ...] = (
+            {},
+            {},
+            {},
+            {"tokens_per_step": rng.randint(1, 5)},
+            {"factor": rng.choice((0.5, 1.5))},
         )
         options = Options(
             gen_length=rng.randint(8, 60),
@@ -293,7 +328,7 @@ def random_cases(count: int, seed: int) -> list[Case]:
             track_num=rng.choice((1, 1, 2, 4)),
             block_caching=rng.random() < 0.7,
             block_length=rng.choice((5, 8, 32)),
-            **rule,  # type: ignore[arg-type]
+            **rng.choice(rules),
         )
         length = rng.randint(4, 40)
         prompt = with_holes(length + 20, i) if rng.random() < 0.3 else random_prompt(length, i)
@@ -303,6 +338,8 @@ def random_cases(count: int, seed: int) -> list[Case]:
 
 GROUPS = {
     "elastic": ELASTIC,
+    "depths": DEPTHS,
+    "endings": ENDINGS,
     "variants": variant_cases(VARIANTS),
     "others": variant_cases(OTHERS),
     "infilling": variant_cases(INFILLING, is_infilling=True),
@@ -315,8 +352,13 @@ SLOW = elastic_matrix(["33 layers, 4 heads on 2"], 24, seed=5) + random_cases(40
 # ---- tests -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ELASTIC, ids=str)
+@pytest.mark.parametrize("case", ELASTIC + DEPTHS, ids=str)
 def test_elastic(lab: Lab, case: Case) -> None:
+    lab.check(case)
+
+
+@pytest.mark.parametrize("case", ENDINGS, ids=str)
+def test_endings(lab: Lab, case: Case) -> None:
     lab.check(case)
 
 
@@ -346,6 +388,20 @@ def test_sweep(lab: Lab, case: Case) -> None:
     lab.check(case)
 
 
+def test_two_threads_take_the_same_path(lab: Lab) -> None:
+    """The rest of the file runs on one thread."""
+    case = Case("3 layers, 6 heads on 3, llama names", random_prompt(9, 3), Options(12, gamma=0.95))
+    model, engine = lab.load(case.checkpoint)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        got = engine.generate(list(case.prompt), trace=True, **dataclasses.asdict(case.options))
+    finally:
+        torch.set_num_threads(before)
+    divergence = first_divergence(generate(model, list(case.prompt), case.options), got)
+    assert divergence is None, str(divergence)
+
+
 def excused(lab: Lab, cases: list[Case]) -> list[str]:
     found = ((case, lab.run(case)[1]) for case in cases)
     return [f"{case}: {d}" for case, d in found if d is not None and d.margin < NEAR_TIE]
@@ -364,22 +420,21 @@ def test_few_cases_of_the_sweep_are_excused(lab: Lab) -> None:
 
 def test_the_matrix_is_worth_comparing(lab: Lab) -> None:
     """Counts what the oracle went through; a matrix of trivial runs would prove nothing."""
-    results = [lab.run(case)[0] for case in ELASTIC]
+    results = [lab.run(case)[0] for case in ELASTIC + DEPTHS + ENDINGS]
     steps = [(r.num_layers, s) for r in results for s in r.steps[1:]]
     partial = [s.first_full_layer for n, s in steps if 1 < s.first_full_layer < n]
     assert len(partial) >= 300, "refreshes that begin after the second layer"
     assert len(set(partial)) >= 15, "depths at which a refresh begins"
-    assert sum(s.first_full_layer == 1 < n for n, s in steps) >= 500, "refreshes after layer 0"
+    assert sum(s.first_full_layer == 1 < n for n, s in steps) >= 1000, "refreshes after layer 0"
     assert sum(s.first_full_layer == n for n, s in steps) >= 1000, "steps without a refresh"
-    assert sum(len(s.committed) > 1 for _, s in steps) >= 300, "steps that commit several tokens"
+    assert sum(len(s.committed) > 1 for _, s in steps) >= 700, "steps that commit several tokens"
     assert sum(len(s.tracked) > 1 for _, s in steps) >= 1000, "steps that track several tokens"
     ended = [r for r in results if r.eos_position is not None]
-    assert len(ended) >= 20, "runs that an EOS ended"
-    assert any(r.num_tokens + 1 < len(r.ids) for r in ended)
+    assert len(ended) >= 45, "runs that an EOS ended"
 
 
 def test_special_events_occur(lab: Lab) -> None:
-    """Rare paths that some case must take: each was a bug in somebody's implementation."""
+    """Rare paths that some case must take, each easy to get wrong unseen."""
     seen = set()
     for case in EVERYTHING:
         result = lab.run(case)[0]

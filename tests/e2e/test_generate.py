@@ -1,4 +1,4 @@
-"""What a user may rely on: counts, EOS, infilling, seeds, streams, errors; on the embedded model."""
+"""What a user may rely on, on the embedded model: counts, EOS, infilling, seeds, streams."""
 
 from __future__ import annotations
 
@@ -171,6 +171,7 @@ BAD_PROMPTS = [
     ([], "the prompt is empty"),
     ("say <|mdm_mask|> please", "contains the mask token as text"),
     ([{"role": "user", "content": "a <|mdm_mask|>"}], "contains the mask token as text"),
+    ([{"role": "<|mdm_mask|>", "content": "a"}], "contains the mask token as text"),
     ([5, 10**6], "prompt ids must be between 0 and 767, got 1000000"),
     ([5, -1], "prompt ids must be between 0 and 767, got -1"),
     ([0.5, 1.5], "prompt ids must be whole numbers"),

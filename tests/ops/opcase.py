@@ -7,6 +7,7 @@ copies, so one case can be run by the op, by the reference and by the reference 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -37,6 +38,23 @@ def run(function: Any, op: str, case: Case) -> dict[str, Tensor]:
     return outputs
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with so many threads inside of an op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_reference(op: str, case: Case) -> dict[str, Tensor]:
+    """The reference's outputs; its many small steps are slower with several threads."""
+    with threads(1):
+        return run(reference, op, case)
+
+
 def widened(case: Case) -> Case:
     """The case with its floating-point tensors in float64."""
     return {
@@ -48,7 +66,7 @@ def widened(case: Case) -> Case:
 def check_exact(op: str, case: Case) -> dict[str, Tensor]:
     """The op and the reference give the same bits; returns the op's outputs."""
     result = run(ops, op, case)
-    for name, expected in run(reference, op, case).items():
+    for name, expected in run_reference(op, case).items():
         assert_same_bits(f"{op}: {name}", result[name], expected)
     return result
 
@@ -63,7 +81,7 @@ def check_close(
 ) -> dict[str, Tensor]:
     """Outputs named in `exact` match the reference in every bit, the others by tolerance.py."""
     result = run(ops, op, case)
-    plain, truth = run(reference, op, case), run(reference, op, widened(case))
+    plain, truth = run_reference(op, case), run_reference(op, widened(case))
     for name, actual in result.items():
         if name in exact or not actual.is_floating_point():
             assert_same_bits(f"{op}: {name}", actual, plain[name])
@@ -79,14 +97,10 @@ def check_contract(op: str, case: Case) -> None:
     first = run(ops, op, case)
     for name, value in before.items():
         assert_same_bits(f"{op}: input {name} after the call", case[name], value)
-    threads = torch.get_num_threads()
-    try:
-        for count in (threads, 1, 2, 1):
-            torch.set_num_threads(count)
+    for count in (1, 2, 1, torch.get_num_threads()):
+        with threads(count):
             for name, value in run(ops, op, case).items():
                 assert_same_bits(f"{op}: {name} with {count} threads", value, first[name])
-    finally:
-        torch.set_num_threads(threads)
     copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in case.items()}
     torch.library.opcheck(getattr(torch.ops.elastic_cache, op).default, tuple(copies.values()))
 

@@ -5,6 +5,8 @@ Copies (v, the saved rows, every slot that is not listed) are exact, rotations a
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from elastic_cache import ops
@@ -50,7 +52,7 @@ def make_case(
     unused = torch.ones(len(rope), dtype=torch.bool, device=device)
     unused[(rows[rows >= 0] % capacity).long()] = False
     rope[unused] = float("nan")
-    kind = {"dtype": dtype, "device": device}
+    kind: dict[str, Any] = {"dtype": dtype, "device": device}
     return {
         "qkv": spread_rows(qkv),
         "rows": rows,

@@ -6,6 +6,7 @@ Cases are made the way a step makes them: a cache, rows written over it, what th
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def make_case(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     capacity = max([end for _, end in key_ranges] + [sum(count) for count in counts]) + 2
     num_slots = len(counts) * capacity
-    kind = {"dtype": dtype, "device": device}
+    kind: dict[str, Any] = {"dtype": dtype, "device": device}
     rows, segments, is_tested = _lay_rows(rng, counts, key_ranges, capacity, device)
     q, k = (normal(rng, num_slots, h, head_dim, **kind) for h in heads)
     listed = rows[rows >= 0].long()

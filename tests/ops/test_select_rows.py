@@ -56,21 +56,15 @@ def make_case(
 
 def test_example(device: torch.device) -> None:
     """Two sequences of 8 positions, worked out by hand."""
-    flags = {
-        "masked": ["___mm_mm", "mmmmmmmm"],
-        "committed": ["_c___c__", "________"],
-    }
+    masked, committed = (
+        torch.tensor([[c != "_" for c in sequence] for sequence in flags], device=device)
+        for flags in (["___mm_mm", "mmmmmmmm"], ["_c___c__", "________"])
+    )
+    tracked = int32([[[5, 0], [-1, -1]], [[2, 0], [-1, -1]]], device)
+    window, lookahead = int32([2, 3], device), int32([1, 0], device)
     rows, window_rows = (poisoned(n, dtype=torch.int32, device=device) for n in (14, 8))
     segments = poisoned(2, 5, dtype=torch.int32, device=device)
-    ops.select_rows(
-        *(torch.tensor([[c != "_" for c in s] for s in f]).to(device) for f in flags.values()),
-        int32([[[5, 0], [-1, -1]], [[2, 0], [-1, -1]]], device),
-        int32([2, 3], device),
-        int32([1, 0], device),
-        rows,
-        segments,
-        window_rows,
-    )
+    ops.select_rows(masked, committed, tracked, window, lookahead, rows, segments, window_rows)
     # Position 5 of sequence 0 was committed and tracked: it is listed once, as tracked.
     assert rows.tolist() == [0, 2, 5, 1, 3, 4, 6, 8, 9, 10, -1, -1, -1, -1]
     assert segments.tolist() == [[0, 3, 1, 2, 1], [7, 0, 0, 3, 0]]

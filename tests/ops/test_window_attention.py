@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def make_case(
     num_sequences = len(key_ranges)
     capacity = max([end for _, end in key_ranges] + [num_rows // num_sequences + 1]) + 2
     num_slots = num_sequences * capacity
-    kind = {"dtype": dtype, "device": device}
+    kind: dict[str, Any] = {"dtype": dtype, "device": device}
     rows = random_slots(rng, num_rows, num_slots, device)
     q = normal(rng, num_slots, num_heads, head_dim, **kind)
     unlisted = torch.ones(num_slots, dtype=torch.bool, device=device)

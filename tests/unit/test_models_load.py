@@ -156,15 +156,18 @@ def test_memory_is_one_copy_and_one_shard(tmp_path: Path, dtype: str) -> None:
     shape = dict(num_layers=8, num_heads=8, head_dim=64, ffn=4096, vocab=2000)
     folder = write_checkpoint(tmp_path, **shape, shards=4, dtype=torch.bfloat16)
     shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+    # VmHWM and not getrusage, whose maximum a process inherits from the one that started it.
     program = f"""
-import resource, sys, torch
+import torch
 from pathlib import Path
 from elastic_cache.models import load_model
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 load_model("tiny", torch.device("cpu"), torch.float32)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 model = load_model({str(folder)!r}, torch.device("cpu"), torch.{dtype})
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(model.config.num_parameters * model.dtype.itemsize, (after - before) * 1024)
+print(model.config.num_parameters * model.dtype.itemsize, peak() - before)
 """
     source = str(Path(__file__).parents[2] / "python")
     output = subprocess.run(

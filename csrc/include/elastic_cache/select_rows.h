@@ -4,7 +4,8 @@
 //   window     the leftmost `window` positions that are still masked;
 //   lookahead  the next `lookahead` masked positions: computed, but not decoded.
 // The subtle thing: the window is not a block. It slides with every commit and may have gaps.
-// A position is listed once, under the first kind that claims it.
+// A position is listed once, under the first kind that claims it (and then takes no place in the
+// window).
 #pragma once
 
 #include "elastic_cache/types.h"

@@ -1,7 +1,7 @@
 // Per row of logits: the token to commit and how sure the model is of it.
 //   token = argmax_v (logits[v] + noise[v])   (noise optional; ties: the lowest token id)
 //   confidence = exp(logits[token] - max) / sum_v exp(logits[v] - max), accumulated in double.
-// A row with a NaN or +inf logit has confidence NaN (and token 0), so that it can never be committed.
+// A row with a NaN or +inf logit has confidence NaN (and token 0): it can never be committed.
 #pragma once
 
 #include "elastic_cache/types.h"

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
     for name in ("problems", "repeat"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    if options.overhead and options.device != "cpu":
+        raise ValueError(f"overhead is measured with device cpu only, got {options.device!r}")
     if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(f"json must name a file in an existing folder, got {options.json!r}")
     from elastic_cache.engine import load
@@ -168,7 +171,7 @@ def _alternate(
 
 def _warm_up(engine: Engine, question: str, settings: GenerationConfig) -> None:
     request = engine.stream(question, **dataclasses.asdict(settings))
-    for _ in zip(range(_WARM_UP_STEPS), request, strict=False):
+    for _ in islice(request, _WARM_UP_STEPS):
         pass
 
 
@@ -187,7 +190,7 @@ def answer_once(engine: Engine, question: str, answer: str, settings: Generation
         result.update_frequency,
         result.seconds,
         final_number(result.text or "") == final_number(answer),
-        tuple(end - start for start, end in zip(times, times[1:], strict=False)),
+        tuple(end - start for start, end in pairwise(times)),
     )
 
 

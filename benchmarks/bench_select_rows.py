@@ -12,9 +12,7 @@ from harness import Case, Data, num_bytes, run
 SIZES = ((1, 350, 32, 16), (1, 4096, 32, 16), (8, 1024, 32, 32))
 
 
-def make_case(
-    data: Data, num_sequences: int, capacity: int, num_layers: int, window: int
-) -> Case:
+def make_case(data: Data, num_sequences: int, capacity: int, num_layers: int, window: int) -> Case:
     masked = data.coin(num_sequences, capacity, chance=0.4)
     committed = data.coin(num_sequences, capacity, chance=4 / capacity) & ~masked
     tracked = (capacity * data.uniform(num_layers, num_sequences, 1)).int()

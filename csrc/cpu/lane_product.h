@@ -106,7 +106,7 @@ inline void copy_rows(const T* from, int64_t stride, int64_t n, int64_t head_dim
   }
 }
 
-// Rows of a cache as an operand b(i, j) = rows[j][i]: read where they are, or from a converted copy.
+// Rows of a cache as an operand b(i, j) = rows[j][i]: where they are, or from a converted copy.
 inline Operand rows_operand(const float* rows, int64_t stride, int64_t, int64_t, float*) {
   return {rows, 1, stride};
 }

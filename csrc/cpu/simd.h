@@ -57,8 +57,8 @@ inline Float8 min(Float8 a, Float8 b) {
 #endif
 }
 
-// a * b + c, fused where the target can. Not left to the compiler on x86: tuned for Zen, GCC fuses in
-// some instantiations of a loop and not in others, and a row's result would depend on its batch.
+// a * b + c, fused where the target can. Not left to the compiler on x86: tuned for Zen, GCC fuses
+// in some instantiations of a loop and not in others, and a row's result would depend on its batch.
 inline Float8 multiply_add(Float8 a, Float8 b, Float8 c) {
 #ifdef __FMA__
   return Float8(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
@@ -66,6 +66,8 @@ inline Float8 multiply_add(Float8 a, Float8 b, Float8 c) {
   return a * b + c;
 #endif
 }
+inline Float8 multiply_add(Float8 a, Float8 b, float c) { return multiply_add(a, b, splat(c)); }
+
 // Stops GCC from folding one load into several multiply-adds: two loads a cycle would then be the
 // limit, not two multiply-adds (measured: 4.3 instead of 5.5 fused operations a nanosecond).
 inline void keep_in_register([[maybe_unused]] Float8& x) {
@@ -73,7 +75,6 @@ inline void keep_in_register([[maybe_unused]] Float8& x) {
   asm("" : "+x"(x));
 #endif
 }
-inline Float8 multiply_add(Float8 a, Float8 b, float c) { return multiply_add(a, b, splat(c)); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }

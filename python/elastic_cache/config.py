@@ -99,9 +99,7 @@ def _whole(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _number(
-    name: str, value: object, least: float = -math.inf, most: float = math.inf
-) -> None:
+def _number(name: str, value: object, least: float = -math.inf, most: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
         raise ValueError(f"{name} must be a number, got {value!r}")
     if not least <= value <= most:

@@ -30,7 +30,6 @@ from elastic_cache.plan import Plan
 from elastic_cache.policies import make_policy
 from elastic_cache.prompt import Prompt, encode_prompt
 from elastic_cache.state import (
-    STATUS_EOS_POSITION,
     STATUS_MASKED,
     STATUS_NOT_FINITE,
     DecodeState,
@@ -158,6 +157,7 @@ class Request:
         self._rule = CommitRule(settings, 1, device)
         self._num_steps = 0
         self._layers_refreshed = 0
+        self._cut = -1
         self._result: Generation | None = None
 
     def __iter__(self) -> Iterator[Step]:
@@ -210,7 +210,7 @@ class Request:
         return self._result
 
     def _report(self, plan: Plan, first_full: int, confidence: torch.Tensor) -> Step:
-        """Reads back what the commit did and counts the step."""
+        """Reads back what the commit did, counts the step, and notes the EOS that cuts the tail."""
         status = self._state.status[0].tolist()
         if status[STATUS_NOT_FINITE]:
             raise NonFiniteLogitsError(
@@ -225,11 +225,16 @@ class Request:
         tracked = self._state.tracked if plan.drift is not None else None
         self._num_steps += 1
         self._layers_refreshed += depth - first_full
+        committed = positions.tolist()
+        tokens = self._state.tokens.view(-1)[positions].tolist()
+        eos = self._model.config.eos_id
+        if self._cut < 0 and eos in tokens:
+            self._cut = committed[tokens.index(eos)]
         return Step(
             index=index,
             first_full_layer=first_full,
-            committed=positions.tolist(),
-            tokens=self._state.tokens.view(-1)[positions].tolist(),
+            committed=committed,
+            tokens=tokens,
             confidence=confidence[hit].tolist(),
             tracked=_positions(tracked),
             num_rows=self._state.capacity if plan.is_full else plan.rows.numel(),
@@ -239,11 +244,8 @@ class Request:
     def _finish(self) -> Generation:
         """Fills the tail after EOS and counts what was generated before it."""
         ids, masked, eos = self.tokens(), self.prompt.masked, self._model.config.eos_id
-        cut = self._state.status[0, STATUS_EOS_POSITION].item()
-        if cut < 0 and not self._policy.drops_tail_at_eos:
-            cut = _first_eos(ids, masked, eos)
-        if cut >= 0:
-            ids[masked & (torch.arange(len(ids)) > cut)] = eos
+        if self._cut >= 0:
+            ids[masked & (torch.arange(len(ids)) > self._cut)] = eos
         end = _first_eos(ids, masked, eos)
         has_eos = end >= 0
         answer = ids[self.prompt.text_start : end if has_eos else len(ids)]

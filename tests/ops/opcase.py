@@ -132,9 +132,7 @@ def _malformed(value: Tensor) -> Iterator[tuple[Tensor, str]]:
         raise AssertionError("tensors of a case to be malformed must have two elements or more")
     is_narrow = value.dtype in (torch.float32, torch.bfloat16, torch.int32)
     wide, narrow = (
-        (torch.float64, torch.float32)
-        if value.is_floating_point()
-        else (torch.int64, torch.int32)
+        (torch.float64, torch.float32) if value.is_floating_point() else (torch.int64, torch.int32)
     )
     yield value.to(wide if is_narrow else narrow), "must "
     yield value[None], "must be"

@@ -72,9 +72,7 @@ def test_rows(
 
 
 @pytest.mark.parametrize("width", [*TILE_SIZES[1:], 127, 1024, 4096])
-def test_widths(
-    device: torch.device, rng: torch.Generator, dtype: torch.dtype, width: int
-) -> None:
+def test_widths(device: torch.device, rng: torch.Generator, dtype: torch.dtype, width: int) -> None:
     check(make_case(rng, device, dtype, 5, width))
 
 

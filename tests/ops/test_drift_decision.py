@@ -87,9 +87,7 @@ def test_equal_masses(device: torch.device, rng: torch.Generator, fill: float) -
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_all_or_nothing_masked(
-    device: torch.device, rng: torch.Generator, is_masked: bool
-) -> None:
+def test_all_or_nothing_masked(device: torch.device, rng: torch.Generator, is_masked: bool) -> None:
     case = make_case(rng, device, 65, track_num=4)
     case["mass"].copy_(torch.rand(case["mass"].shape, generator=rng))
     case["masked"].fill_(is_masked)

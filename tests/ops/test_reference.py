@@ -163,6 +163,4 @@ def test_row_lists_too_short() -> None:
     with pytest.raises(ValueError, match="select_rows: window_rows must hold 4 rows"):
         reference.select_rows(*args, int32([0] * 6), segments, int32([0] * 3))
     with pytest.raises(ValueError, match="refresh_rows: rows must hold 8 rows, got room for 7"):
-        reference.refresh_rows(
-            int32([0]), int32([[0, 8]]), 0, 8, int32([0] * 7), int32([0, 0])
-        )
+        reference.refresh_rows(int32([0]), int32([[0, 8]]), 0, 8, int32([0] * 7), int32([0, 0]))

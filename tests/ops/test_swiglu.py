@@ -48,9 +48,7 @@ def test_rows(
 
 
 @pytest.mark.parametrize("width", [*TILE_SIZES, 1000, 12288])
-def test_widths(
-    device: torch.device, rng: torch.Generator, dtype: torch.dtype, width: int
-) -> None:
+def test_widths(device: torch.device, rng: torch.Generator, dtype: torch.dtype, width: int) -> None:
     check_close("swiglu", make_case(rng, device, dtype, 3, width))
 
 

@@ -68,9 +68,7 @@ def test_example(device: torch.device) -> None:
     v = torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]], [[9.0, 9.0]]], device=device)
     out = poisoned(2, 1, 2, dtype=torch.float32, device=device)
     lse = poisoned(2, 1, dtype=torch.float32, device=device)
-    ops.window_attention(
-        q, k, v, int32([0, -1], device), int32([[0, 2]], device), 0.5, out, lse
-    )
+    ops.window_attention(q, k, v, int32([0, -1], device), int32([[0, 2]], device), 0.5, out, lse)
     torch.testing.assert_close(out.cpu(), torch.tensor([[[2.0, 2.0]], [[0.0, 0.0]]]))
     torch.testing.assert_close(lse.cpu(), torch.tensor([[1 + math.log(2)], [0.0]]))
 

@@ -85,9 +85,10 @@ inline void pack_query(const T* query, float factor, int64_t head_dim, int64_t l
   for (int64_t d = 0; d < head_dim; ++d) to[d * lanes] = to_float(query[d]) * factor;
 }
 
-// Asks for rows that will be needed soon. A head's part of a cache row is one or two cache lines, a
-// whole row apart from the next: hardware prefetchers do not follow, and a cache that has left the
-// second level costs more time than the arithmetic.
+// Asks for rows that will be needed soon. A head's part of a cache row is one or two cache lines,
+// a whole row apart from the next, which hardware prefetchers do not follow well. Measured on
+// Zen 3, one thread, 22 rows, 350 keys, D 32: attention over 32 layers in turn takes 149 us a layer
+// instead of 174; over one layer again and again, in the second level already, it loses 10 us.
 template <class T>
 inline void prefetch_rows(const T* rows, int64_t stride, int64_t n, int64_t head_dim) {
   constexpr int64_t kLineElements = 64 / sizeof(T);

@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
   m.def(
       "add_rms_norm(Tensor(a!) residual, Tensor? delta, Tensor weight, float eps, "
       "Tensor(b!) out, Tensor? rows, Tensor(c!)? x_cache) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
       "token_confidence(Tensor logits, Tensor? noise, Tensor(a!) token, "
@@ -48,6 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(elastic_cache, CPU, m) {
   m.impl("drift_statistics", TORCH_BOX(&ops::drift_statistics));
   m.impl("drift_decision", TORCH_BOX(&ops::drift_decision));
   m.impl("add_rms_norm", TORCH_BOX(&ops::add_rms_norm));
+  m.impl("linear", TORCH_BOX(&ops::linear));
   m.impl("swiglu", TORCH_BOX(&ops::swiglu));
   m.impl("token_confidence", TORCH_BOX(&ops::token_confidence));
   m.impl("commit", TORCH_BOX(&ops::commit));

@@ -39,6 +39,9 @@ void add_rms_norm(const Tensor& residual, const std::optional<Tensor>& delta, co
                   double eps, const Tensor& out, const std::optional<Tensor>& rows,
                   const std::optional<Tensor>& x_cache);
 
+void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+            const Tensor& out);
+
 void swiglu(const Tensor& gate_up, const Tensor& out);
 
 void token_confidence(const Tensor& logits, const std::optional<Tensor>& noise, const Tensor& token,

@@ -172,7 +172,7 @@ class Forward:
             )
             if drift is not None:
                 self._test_drift(index, plan.rows, drift.row_segments, drift, state, work)
-            torch.mm(work.attention_flat, layer.attention_out, out=work.delta)
+            ops.linear(work.attention_flat, layer.attention_out, None, work.delta)
             self._run_mlp(layer, work)
         if drift is None or verdict is not None:
             return depth
@@ -196,7 +196,7 @@ class Forward:
             attention = out[0].transpose(0, 1).reshape(work.attention_flat.shape)
             if plan.drift is not None:
                 self._track_full(index, plan, plan.drift, state)
-            torch.mm(attention, self._layers[index].attention_out, out=work.delta)
+            ops.linear(attention, self._layers[index].attention_out, None, work.delta)
             self._run_mlp(self._layers[index], work)
 
     def _norm_input(
@@ -218,10 +218,7 @@ class Forward:
     def _project_qkv(self, index: int, rows: torch.Tensor, work: Workspace) -> None:
         """q, k, v of the rows into the cache; what they overwrite goes to q_old, k_old."""
         layer, cached = self._layers[index], self._cache.layers[index]
-        if layer.qkv_bias is None:
-            torch.mm(work.hidden, layer.qkv, out=work.qkv)
-        else:
-            torch.addmm(layer.qkv_bias, work.hidden, layer.qkv, out=work.qkv)
+        ops.linear(work.hidden, layer.qkv, layer.qkv_bias, work.qkv)
         ops.cache_write(
             work.qkv,
             rows,
@@ -238,9 +235,9 @@ class Forward:
         ops.add_rms_norm(
             work.residual, work.delta, layer.mlp_norm, self._eps, work.hidden, None, None
         )
-        torch.mm(work.hidden, layer.gate_up, out=work.gate_up)
+        ops.linear(work.hidden, layer.gate_up, None, work.gate_up)
         ops.swiglu(work.gate_up, work.activation)
-        torch.mm(work.activation, layer.down, out=work.delta)
+        ops.linear(work.activation, layer.down, None, work.delta)
 
     def _test_drift(
         self,

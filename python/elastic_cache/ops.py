@@ -61,6 +61,7 @@ _window_attention = _ops.window_attention.default
 _drift_statistics = _ops.drift_statistics.default
 _drift_decision = _ops.drift_decision.default
 _add_rms_norm = _ops.add_rms_norm.default
+_linear = _ops.linear.default
 _swiglu = _ops.swiglu.default
 _token_confidence = _ops.token_confidence.default
 _commit = _ops.commit.default
@@ -73,6 +74,7 @@ for _op in (
     _drift_statistics,
     _drift_decision,
     _add_rms_norm,
+    _linear,
     _swiglu,
     _token_confidence,
     _commit,
@@ -307,6 +309,23 @@ def add_rms_norm(
     Source: RMSNorm (arXiv 1910.07467) in the rounding order of LLaDA's code.
     """
     _add_rms_norm(residual, delta, weight, eps, out, rows, x_cache)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x weight + bias, for the few rows of a step; a row does not depend on the others.
+
+    Args:
+        x: model [R, K], rows may be any distance apart.
+        weight: model [K, N], the transposed projection; rows may be any distance apart.
+        bias: model [N], or None.
+        out: out, model [R, N].
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: torch.nn.functional.linear.
+    """
+    _linear(x, weight, bias, out)
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:

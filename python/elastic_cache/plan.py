@@ -13,7 +13,7 @@ class DriftTest:
 
     gamma: torch.Tensor  # float64 [S]
     first_full_layer: torch.Tensor  # int32 [S] L until a layer fails, then that layer + 1
-    tracked: torch.Tensor  # int32 [L, S, k] out: the choice of every layer
+    tracked: tuple[torch.Tensor, ...]  # L of int32 [S, k] out: the choice of every layer
     masked: torch.Tensor  # bool [S, C] positions that may not be chosen
     row_segments: torch.Tensor  # int32 [S, 5] kinds of the plan's rows (reuse layers)
     window_segments: torch.Tensor  # int32 [S, 5] kinds of the candidates alone (full layers)

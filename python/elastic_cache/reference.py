@@ -1,4 +1,4 @@
-"""The ten operators in plain torch: the executable specification, read next to the op headers.
+"""The operators in plain torch: the executable specification, read next to the op headers.
 
 Same names, argument order and in-place outputs as `elastic_cache.ops`, and nothing is returned.
 Vocabulary (S sequences, C slots of each, R rows, H heads, ...): csrc/include/elastic_cache/types.h.
@@ -199,6 +199,17 @@ def add_rms_norm(
     x = _wide(residual)
     normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
     out.copy_(normed.to(residual.dtype) * weight)
+
+
+def linear(
+    x: Tensor,  # [R, K]
+    weight: Tensor,  # [K, N]
+    bias: Tensor | None,  # [N]
+    out: Tensor,  # [R, N] out
+) -> None:
+    """x weight + bias, rounded once."""
+    product = _wide(x) @ _wide(weight)
+    out.copy_(product if bias is None else product + _wide(bias))
 
 
 def swiglu(

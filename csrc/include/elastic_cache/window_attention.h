@@ -1,6 +1,7 @@
 // Attention of a few rows over all cached keys of their sequence, no mask, with log-sum-exp:
 //   s[k] = scale * q . K[k],  lse = log sum_k exp(s[k]),  out = sum_k exp(s[k] - lse) V[k]
-// for k in the sequence's key range (an empty one gives out = 0, lse = -infinity). Queries are read from the cache at the rows' slots.
+// for k in the sequence's key range (an empty one gives out = 0, lse = -infinity). Queries are
+// read from the cache at the rows' slots.
 #pragma once
 
 #include "elastic_cache/types.h"

@@ -34,7 +34,7 @@ class ElasticPolicy:
         self._drift = DriftTest(
             gamma=torch.full((shape[0],), settings.gamma, dtype=torch.float64, device=device),
             first_full_layer=torch.zeros(shape[0], dtype=torch.int32, device=device),
-            tracked=state.tracked,
+            tracked=state.tracked.unbind(),
             masked=state.masked,
             row_segments=self._selector.segments,
             window_segments=self._selector.window_segments,

@@ -1,0 +1,109 @@
+"""linear: x weight + bias, a row the same whatever rows it is computed with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from elastic_cache import ops
+from opcase import (
+    TILE_SIZES,
+    Case,
+    assert_rejected,
+    check_close,
+    check_contract,
+    check_rejects_malformed,
+    normal,
+    poisoned,
+    run,
+)
+from tolerance import assert_same_bits
+
+
+def make_case(
+    rng: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_rows: int,
+    in_features: int = 24,
+    out_features: int = 40,
+    has_bias: bool = False,
+) -> Case:
+    bias = normal(rng, out_features, dtype=dtype, device=device) if has_bias else None
+    return {
+        "x": normal(rng, num_rows, in_features, dtype=dtype, device=device),
+        "weight": normal(rng, in_features, out_features, dtype=dtype, device=device),
+        "bias": bias,
+        "out": poisoned(num_rows, out_features, dtype=dtype, device=device),
+    }
+
+
+def test_example(device: torch.device) -> None:
+    x = torch.tensor([[1.0, 2.0]], device=device)
+    weight = torch.tensor([[1.0, 0.0, 3.0], [0.5, 1.0, -1.0]], device=device)
+    out = torch.empty(1, 3, device=device)
+    ops.linear(x, weight, torch.tensor([0.0, 0.0, 10.0], device=device), out)
+    assert out.tolist() == [[2.0, 2.0, 11.0]]
+
+
+@pytest.mark.parametrize("num_rows", [*TILE_SIZES, 5, 6, 350])
+def test_rows(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype, num_rows: int
+) -> None:
+    check_close("linear", make_case(rng, device, dtype, num_rows, 100, 48))
+
+
+@pytest.mark.parametrize("out_features", [*TILE_SIZES, 1000])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_out_features(
+    device: torch.device,
+    rng: torch.Generator,
+    dtype: torch.dtype,
+    out_features: int,
+    has_bias: bool,
+) -> None:
+    check_close("linear", make_case(rng, device, dtype, 7, 33, out_features, has_bias))
+
+
+@pytest.mark.parametrize("in_features", [*TILE_SIZES, 255, 256, 257, 4096])
+def test_in_features(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype, in_features: int
+) -> None:
+    check_close("linear", make_case(rng, device, dtype, 9, in_features))
+
+
+def test_strided_operands(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Rows of a wider tensor; what lies between them is poison."""
+    case = make_case(rng, device, dtype, 13, 40, 24)
+    for name in ("x", "weight"):
+        rows, width = case[name].shape
+        wide = poisoned(rows, width + 5, dtype=dtype, device=device)
+        wide[:, :width] = case[name]
+        case[name] = wide[:, :width]
+    check_close("linear", case)
+
+
+def test_a_row_does_not_depend_on_the_others(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    case = make_case(rng, device, dtype, 23, 300, 56)
+    together = run(ops, "linear", case)["out"]
+    for row in range(23):
+        alone = {**case, "x": case["x"][row : row + 1], "out": case["out"][:1]}
+        assert_same_bits("linear: out", run(ops, "linear", alone)["out"][0], together[row])
+
+
+def test_contract(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
+    check_contract("linear", make_case(rng, device, dtype, 60, 128, 200, has_bias=True))
+
+
+def test_rejects(device: torch.device, rng: torch.Generator) -> None:
+    case = make_case(rng, device, torch.float32, 9, has_bias=True)
+    check_rejects_malformed("linear", case)
+    for name, bad in (
+        ("weight", case["weight"][1:]),
+        ("bias", case["bias"][1:]),
+        ("out", case["out"][1:]),
+    ):
+        assert_rejected("linear", {**case, name: bad}, name, "must be [")
+    transposed = case["weight"].t().contiguous().t()
+    assert_rejected("linear", {**case, "weight": transposed}, "weight", "have contiguous rows")

@@ -1,8 +1,8 @@
-// Per sequence three phases, each shared by the threads of one parallel region:
-//   scan       per block of keys: scores of all lanes against the cache as it is now, in one
-//              product; column mass; new probabilities and old scores of the tracked rows;
-//   normalise  old scores -> old probabilities, a softmax over keys per (tracked row, head);
-//   compare    per block of keys: the cosines over heads.
+// Per sequence two phases, each shared by the threads of one parallel region:
+//   scan     per block of keys: scores of all lanes against the cache as it is now, in one product;
+//            column mass; new and old scores of the tracked rows;
+//   compare  per tracked row: scores -> probabilities, old ones by a softmax over keys; the cosines
+//            over heads.
 // Lanes of a head (see lane_product.h): window rows, tracked rows, then tracked rows as they were.
 // The subtle thing: old queries must not see the keys written since. They are few, so the old
 // lanes are multiplied with the whole cache as well, and their scores at overwritten keys replaced.
@@ -23,12 +23,12 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Small enough to share 350 keys evenly between a few threads.
 constexpr int64_t kBlockKeys = 18;
-constexpr int64_t kCompareKeys = 64;
 
 // What a sequence needs, found before the parallel region. Scores and probabilities of tracked rows
 // are [tracked, H, padded keys]: keys fastest.
 struct Sequence {
   int64_t index;
+  int64_t first_tracked;  // tracked rows of the sequences before
   int64_t first_key;
   int64_t num_keys;
   std::vector<int64_t> window_rows;
@@ -41,15 +41,14 @@ struct Sequence {
   int64_t lanes() const { return round_up(num_lanes(), kLanes); }
   int64_t padded_keys() const { return round_up(num_keys, kLanes); }
   int64_t num_blocks() const { return (num_keys + kBlockKeys - 1) / kBlockKeys; }
-  int64_t num_compare_blocks() const { return (num_keys + kCompareKeys - 1) / kCompareKeys; }
 };
 
-Sequence describe(const DriftStatisticsParams& p, int64_t s) {
+Sequence describe(const DriftStatisticsParams& p, int64_t s, int64_t first_tracked) {
   const int32_t* segment = p.segments + s * kSegmentColumns;
   const int64_t tracked_end = segment[kSegmentBegin] + segment[kSegmentTracked];
   const int64_t window = tracked_end + segment[kSegmentCommitted];
   const int64_t window_end = window + segment[kSegmentWindow];
-  Sequence q{s, p.key_range[2 * s], 0, {}, {}, {}};
+  Sequence q{s, first_tracked, p.key_range[2 * s], 0, {}, {}, {}};
   q.num_keys = std::max<int64_t>(p.key_range[2 * s + 1] - q.first_key, 0);
   for (int64_t r = window; r < window_end; ++r) {
     if (p.rows[r] >= 0) q.window_rows.push_back(r);
@@ -74,7 +73,7 @@ struct Workspace {
   float* lse;     // [H, lanes] in base 2; +inf where no probability is wanted
   float* recent;  // [tracked, H, padded keys] new probabilities
   float* old;     // [tracked, H, padded keys] old scores, then old probabilities
-  double* cosines;  // [compare blocks] partial sums
+  double* cosines;  // [tracked of all sequences] sums over keys
 };
 
 // Memory of one thread.
@@ -93,10 +92,10 @@ class DriftTask {
 
   void pack_head(int64_t h) const;
   void scan_block(int64_t block, const BlockBuffers& b) const;
-  void normalise(int64_t tracked_head) const;
-  void compare_block(int64_t block) const;
+  double compare_row(int64_t tracked) const;
 
  private:
+  void normalise(int64_t tracked_head) const;
   void score_head(int64_t h, int64_t begin, int64_t n, const BlockBuffers& b) const;
   void correct_old_lanes(int64_t h, int64_t begin, int64_t n, const BlockBuffers& b) const;
   void add_mass(const float* scores, int64_t h, int64_t n, float* mass) const;
@@ -237,30 +236,29 @@ void DriftTask<T>::normalise(int64_t tracked_head) const {
 // |x|, at least 1e-8, given x . x
 inline Float8 clamped_norm(Float8 square) { return max(splat(1e-8f), sqrt(square)); }
 
+// Sum over keys of the cosine between old and new probabilities of one tracked row.
 template <class T>
-void DriftTask<T>::compare_block(int64_t block) const {
-  const int64_t padded = q_.padded_keys();
-  const int64_t begin = block * kCompareKeys, end = std::min(begin + kCompareKeys, padded);
+double DriftTask<T>::compare_row(int64_t tracked) const {
+  const int64_t padded = q_.padded_keys(), first = tracked * p_.num_heads;
+  for (int64_t h = 0; h < p_.num_heads; ++h) normalise(first + h);
+  const float* old = w_.old + first * padded;
+  const float* recent = w_.recent + first * padded;
   double total = 0.0;
-  for (int64_t i = 0; i < q_.num_tracked(); ++i) {
-    const float* old = w_.old + i * p_.num_heads * padded;
-    const float* recent = w_.recent + i * p_.num_heads * padded;
-    for (int64_t k = begin; k < end; k += kLanes) {
-      Float8 dot = {}, old_square = {}, recent_square = {};
-      for (int64_t h = 0; h < p_.num_heads; ++h) {
-        const Float8 a = load8(old + h * padded + k), b = load8(recent + h * padded + k);
-        dot = multiply_add(a, b, dot);
-        old_square = multiply_add(a, a, old_square);
-        recent_square = multiply_add(b, b, recent_square);
-      }
-      const Float8 cosine = dot / (clamped_norm(old_square) * clamped_norm(recent_square));
-      for (int64_t lane = 0; lane < kLanes; ++lane) total += double{cosine[lane]};
+  for (int64_t k = 0; k < padded; k += kLanes) {
+    Float8 dot = {}, old_square = {}, recent_square = {};
+    for (int64_t h = 0; h < p_.num_heads; ++h) {
+      const Float8 a = load8(old + h * padded + k), b = load8(recent + h * padded + k);
+      dot = multiply_add(a, b, dot);
+      old_square = multiply_add(a, a, old_square);
+      recent_square = multiply_add(b, b, recent_square);
     }
+    const Float8 cosine = dot / (clamped_norm(old_square) * clamped_norm(recent_square));
+    for (int64_t lane = 0; lane < kLanes; ++lane) total += double{cosine[lane]};
   }
-  w_.cosines[block] = total;
+  return total;
 }
 
-// All phases of one sequence; called by every thread of a parallel region.
+// All phases of one sequence; called by every thread of a parallel region, or by one alone.
 template <class T>
 void run_sequence(const DriftStatisticsParams& p, const Sequence& q, const Workspace& w,
                   const BlockBuffers& b) {
@@ -269,24 +267,22 @@ void run_sequence(const DriftStatisticsParams& p, const Sequence& q, const Works
   for (int64_t h = 0; h < p.num_heads; ++h) task.pack_head(h);
 #pragma omp for schedule(static)
   for (int64_t block = 0; block < q.num_blocks(); ++block) task.scan_block(block, b);
-  if (q.num_tracked() == 0 || q.num_keys == 0) {
-#pragma omp single
-    p.similarity[q.index] = std::numeric_limits<double>::infinity();
-    return;
-  }
 #pragma omp for schedule(static)
-  for (int64_t i = 0; i < q.num_tracked() * p.num_heads; ++i) task.normalise(i);
-#pragma omp for schedule(static)
-  for (int64_t block = 0; block < q.num_compare_blocks(); ++block) task.compare_block(block);
-#pragma omp single
-  {
-    double total = 0.0;
-    for (int64_t block = 0; block < q.num_compare_blocks(); ++block) total += w.cosines[block];
-    p.similarity[q.index] = total / static_cast<double>(q.num_tracked() * q.num_keys);
+  for (int64_t i = 0; i < q.num_tracked(); ++i) {
+    w.cosines[q.first_tracked + i] = task.compare_row(i);
   }
 }
 
-// Scratch large enough for any of the sequences, in floats.
+double mean_cosine(const Sequence& q, const std::vector<double>& cosines) {
+  if (q.num_tracked() == 0 || q.num_keys == 0) return std::numeric_limits<double>::infinity();
+  double total = 0.0;
+  for (int64_t i = 0; i < q.num_tracked(); ++i) {
+    total += cosines[static_cast<size_t>(q.first_tracked + i)];
+  }
+  return total / static_cast<double>(q.num_tracked() * q.num_keys);
+}
+
+// Scratch large enough for any of the sequences (cosines: for all of them), in floats.
 struct Sizes {
   int64_t lanes = 0;
   int64_t tracked = 0;
@@ -300,7 +296,7 @@ Sizes measure(const DriftStatisticsParams& p, const std::vector<Sequence>& seque
   for (const Sequence& q : sequences) {
     sizes.lanes = std::max(sizes.lanes, q.lanes());
     sizes.tracked = std::max(sizes.tracked, q.num_tracked() * p.num_heads * q.padded_keys());
-    sizes.cosines = std::max(sizes.cosines, q.num_compare_blocks());
+    sizes.cosines += q.num_tracked();
     sizes.nanoseconds += kNanosecondsPerMultiplyAdd *
                          static_cast<double>(q.lanes() * q.num_keys * p.num_heads * p.head_dim);
   }
@@ -326,6 +322,7 @@ void run(const DriftStatisticsParams& p, const std::vector<Sequence>& sequences)
     const BlockBuffers b{own, own + scores, own + 2 * scores, own + 2 * scores + keys};
     for (const Sequence& q : sequences) run_sequence<T>(p, q, w, b);
   }
+  for (const Sequence& q : sequences) p.similarity[q.index] = mean_cosine(q, cosines);
 }
 
 }  // namespace
@@ -333,9 +330,11 @@ void run(const DriftStatisticsParams& p, const std::vector<Sequence>& sequences)
 void drift_statistics_cpu(const DriftStatisticsParams& params) {
   std::vector<Sequence> sequences;
   sequences.reserve(static_cast<size_t>(params.num_sequences));
+  int64_t num_tracked = 0;
   for (int64_t s = 0; s < params.num_sequences; ++s) {
-    sequences.push_back(describe(params, s));
+    sequences.push_back(describe(params, s, num_tracked));
     const Sequence& q = sequences.back();
+    num_tracked += q.num_tracked();
     float* mass = params.mass + s * params.capacity;
     std::fill(mass, mass + q.first_key, 0.0f);
     std::fill(mass + q.first_key + q.num_keys, mass + params.capacity, 0.0f);

@@ -419,9 +419,12 @@ def test_overhead_is_bracketed(model: str) -> None:
     settings = GenerationConfig(gen_length=16, tokens_per_step=2)
     found = overhead.measure_overhead(engine, QUESTION, settings)
     assert found.num_steps == 7
-    assert 0 < found.empty_kernel_ms <= found.kernel_ms < found.step_ms
-    assert 0 < found.share_low < found.share_high <= 1
+    # Not that the share is positive: on a busy machine the profiled run can be the slower one.
+    assert 0 < found.empty_kernel_ms <= found.kernel_ms
+    assert found.share_low < found.share_high < 1
     assert found.share_low == pytest.approx(1 - found.kernel_ms / found.step_ms)
+    busy = found.kernel_ms - found.empty_kernel_ms
+    assert found.share_high == pytest.approx(1 - busy / found.step_ms)
 
 
 # the program as people run it

@@ -26,7 +26,7 @@ SHAPES = [
         dict(policy="elastic", gamma=0.9, block_caching=False, tokens_per_step=2),
         dict(policy="none", factor=1.0),
         dict(policy="prefix", block_length=7),
-        dict(policy="dual", block_length=8, steps=15),
+        dict(policy="dual", block_length=8, steps=9),
     ],
     ids=lambda s: "-".join(str(value) for value in s.values()),
 )

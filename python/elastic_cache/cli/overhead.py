@@ -194,9 +194,9 @@ def _hollow_model(model: Model) -> Model:
     )
     generator = torch.Generator().manual_seed(0)
 
-    def random(rows: int) -> torch.Tensor:
-        values = torch.randn(rows, width, generator=generator) / width**0.5
-        return values.to(model.device, model.dtype)
+    def random(rows: int) -> torch.Tensor:  # [rows, width], stored [width, rows]
+        values = torch.randn(width, rows, generator=generator) / width**0.5
+        return values.to(model.device, model.dtype).t()
 
     ones = torch.ones(width, device=model.device, dtype=model.dtype)
     layers = tuple(

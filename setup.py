@@ -6,9 +6,9 @@ ELASTIC_CACHE_CUDA   auto (default): build CUDA sources if there are any, torch 
                      is installed; 0: never; 1: stop if they cannot be built. Whether a GPU is
                      visible does not matter: machines that build often have none.
 ELASTIC_CACHE_MARCH  value of -march. Default "native", because a local build runs where it is
-                     built and the kernels are only as fast as the vectors they may use (AVX-512
-                     with bf16 or AVX2); for machines that share a build, give the oldest one's
-                     level, such as x86-64-v3.
+                     built and the kernels are only as fast as the instructions they may use
+                     (AVX2 and FMA on x86-64); for machines that share a build, give the
+                     oldest one's level, such as x86-64-v3.
 """
 
 import os

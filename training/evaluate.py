@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import elastic_cache
-from elastic_cache.problems import final_number
-from problems import HELD_OUT_SEED, held_out, wilson_interval
+from elastic_cache.problems import HELD_OUT_SEED, final_number
+from problems import held_out, wilson_interval
 
 
 def evaluate(args: argparse.Namespace) -> dict:

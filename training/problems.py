@@ -10,10 +10,9 @@ import math
 import random
 from collections.abc import Iterator
 
-from elastic_cache.problems import problem, problems
+from elastic_cache.problems import HELD_OUT_SEED, problem, problems
 
-HELD_OUT_SEED = 2_000_000_000
-VALIDATION_SEED = 2_000_000_001
+VALIDATION_SEED = HELD_OUT_SEED + 1
 _SEEDS_PER_RUN = 1_000_000
 
 

@@ -15,6 +15,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+HELD_OUT_SEED = 2_000_000_000
+"""Seed of the problems that no training run sees (training/problems.py keeps below it)."""
+
 _NAMES = (
     "Ava Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kira Liam Maya Noah Olga Paul Quin Rosa Sam "
     "Tara Umar Vera Will Xena Yuri Zoe"

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from elastic_cache.cli.overhead import Overhead
     from elastic_cache.engine import Engine
 
-# The training data is seeded by the clock, so a small seed gives problems it has not seen.
-_HELD_OUT_SEED = 1
 _WARM_UP_STEPS = 4
 
 
@@ -110,10 +108,11 @@ def run(options: argparse.Namespace) -> int:
     if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(f"json must name a file in an existing folder, got {options.json!r}")
     from elastic_cache.engine import load
+    from elastic_cache.problems import HELD_OUT_SEED
     from elastic_cache.problems import problems as make_problems
 
     engine = load(options.model, device=options.device, dtype=options.dtype)
-    problems = make_problems(_HELD_OUT_SEED, options.problems)
+    problems = make_problems(HELD_OUT_SEED, options.problems)
     runs = _alternate(engine, problems, policies, options.repeat)
     arms = summarize(runs)
     overheads = _overheads(engine, problems[0][0], policies) if options.overhead else []

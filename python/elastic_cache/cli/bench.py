@@ -251,7 +251,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "elastic_cache": elastic_cache.__version__,
         "device": str(engine.model.device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),

@@ -94,7 +94,6 @@ class Forward:
         config, weights = model.config, model.weights
         self._weights = weights
         self._cache = cache
-        self._num_heads = config.num_heads
         self._eps = config.rms_norm_eps
         self._scale = 1.0 / math.sqrt(config.head_dim)
         self._can_peek = model.device.type == "cpu"
@@ -110,8 +109,8 @@ class Forward:
             )
             for layer in weights.layers
         )
-        self._workspace = Workspace.allocate(model, cache.num_sequences * cache.capacity)
         slots = cache.num_sequences * cache.capacity
+        self._workspace = Workspace.allocate(model, slots)
         self._all_slots = torch.arange(slots, dtype=torch.int32, device=model.device)
 
     def run(self, plan: Plan, state: DecodeState) -> tuple[torch.Tensor, int]:

@@ -95,7 +95,11 @@ class Network(nn.Module):
     ) -> torch.Tensor:
         """Logits [M, vocab] of `rows` [M], flat indices into ids [B, T]."""
         n = ids.shape[1]
-        x, cos, sin = self.wte(ids), self.cos[:n], self.sin[:n]
+        # As a product with one-hot rows, because the gradient of a look-up is slow to sum up in a
+        # fixed order; exact in float32.
+        one_hot = ids[..., None] == torch.arange(len(self.wte.weight), device=ids.device)
+        x = (one_hot.to(self.wte.weight.dtype) @ self.wte.weight).float()
+        cos, sin = self.cos[:n], self.sin[:n]
         for block in self.blocks:
             x = block(x, cos, sin, keys)
         return self.ff_out(self.ln_f(x.flatten(0, 1)[rows]))

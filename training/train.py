@@ -9,11 +9,12 @@ uninterrupted run ends with. README.md says what is known and what is a guess.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,17 @@ import elastic_cache
 import torch
 import torch.nn.functional as F
 from batches import BATCHES_PER_POOL, LONGEST, Batch, Pools
+from capture import CapturedStep
 from decode import Score, score
 from network import Network, load_network, read_config, save_network
 from problems import held_out, validation, wilson_interval
 from tokenizers import Tokenizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 EMBEDDED = Path(elastic_cache.__file__).parent / "data" / "tiny-llada"
 WARMUP_STEPS = 200
 EMA_DECAY = 0.999
-LOG_EVERY, WATCH_EVERY, SAVE_EVERY = 100, 4000, 1000
+LOG_EVERY, WATCH_EVERY, SAVE_EVERY = 100, 8000, 2000
 WATCHED = 128
 
 
@@ -69,17 +70,20 @@ class Run:
         else:
             network = load_network(init, LONGEST)
         self.network = network.to(device)
-        average = get_ema_multi_avg_fn(EMA_DECAY)
-        self.ema = AveragedModel(self.network, multi_avg_fn=average)
+        self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        # A tensor, so that a captured step reads the rate of its own time.
+        self.rate = torch.tensor(settings.peak, device=device)
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=self.rate, betas=(0.9, 0.98), weight_decay=0.05,
+            fused=device.type == "cuda", capturable=device.type == "cuda",
+        )  # fmt: skip
+        self._update: Callable[[Batch], torch.Tensor] = self._run_step
         if device.type == "cuda":
             # Block by block: one compilation serves all 32 and, from the second length of a
             # sequence on, every length. The average stays eager, it decodes other shapes.
             for block in self.network.blocks:
                 block.compile()
-        self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=settings.peak, betas=(0.9, 0.98), weight_decay=0.05,
-            fused=device.type == "cuda",
-        )  # fmt: skip
+            self._update = CapturedStep(self._run_step, device)
         self.step = 0
         self._state = out / "state.pt"
         if self._state.exists():
@@ -95,6 +99,8 @@ class Run:
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimiser.load_state_dict(state["optimiser"])
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate
         self.step = state["step"]
 
     def save(self) -> None:
@@ -110,22 +116,27 @@ class Run:
         unfinished = self._state.with_suffix(".partial")
         torch.save(state, unfinished)
         unfinished.replace(self._state)
-        save_network(self.ema.module, self.out, like=self.init)
+        save_network(self.ema, self.out, like=self.init)
 
     def train_step(self, batch: Batch, steps: int) -> torch.Tensor:
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.step, steps, self.settings.peak)
-        batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        """One update of weights and average; the loss stays valid until the next step."""
+        self.rate.fill_(learning_rate(self.step, steps, self.settings.peak))
+        self.step += 1
+        return self._update(batch)
+
+    def _run_step(self, batch: Batch) -> torch.Tensor:
+        """The part of a step that runs on the device: batch there -> loss."""
+        self.optimiser.zero_grad(set_to_none=True)
+        is_cuda = self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda, cache_enabled=False):
             logits = self.network(batch.ids, batch.rows)
         losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
         loss = (losses * batch.weights).sum()
-        self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimiser.step()
-        self.ema.update_parameters(self.network)
-        self.step += 1
+        average, weights = list(self.ema.parameters()), list(self.network.parameters())
+        torch._foreach_lerp_(average, weights, 1 - EMA_DECAY)
         return loss.detach()
 
     def score(self, pairs: list[tuple[str, str]]) -> Score:
@@ -133,7 +144,7 @@ class Run:
         tokenizer = Tokenizer.from_file(str(self.init / "tokenizer.json"))
         config = self.config
         return score(
-            self.ema.module, tokenizer, pairs,
+            self.ema, tokenizer, pairs,
             mask_id=config["mask_token_id"], eos_id=config["eos_token_id"],
         )  # fmt: skip
 
@@ -153,11 +164,11 @@ def batches(run: Run, steps: int, workers: int) -> Iterator[Batch]:
         skip = 0
 
 
-def train(run: Run, steps: int, minutes: float, workers: int) -> None:
-    """Trains up to `steps`, or until the minutes are over; saves the state in either case."""
+def train(run: Run, steps: int, until: int, minutes: float, workers: int) -> None:
+    """Trains up to step `until` of `steps`, or until the minutes are over; saves in either case."""
     start, first = time.monotonic(), run.step
     for batch in batches(run, steps, workers):
-        if run.step >= steps or time.monotonic() - start > minutes * 60:
+        if run.step >= until or time.monotonic() - start > minutes * 60:
             break
         loss = run.train_step(batch, steps)
         if run.step % LOG_EVERY == 0 or run.step == steps:
@@ -203,6 +214,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=224, help="samples per step")
     parser.add_argument(
+        "--until", type=int, metavar="STEP", help="stop training at this step of --steps",
+    )  # fmt: skip
+    parser.add_argument(
         "--stop-after", type=float, default=float("inf"), metavar="MINUTES",
         help="stop training then; the same command goes on from OUT/state.pt",
     )  # fmt: skip
@@ -217,9 +231,15 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_float32_matmul_precision("highest")
+    # Descriptors of shared tensors would exceed the usual limit of 1,024 open files.
+    torch.multiprocessing.set_sharing_strategy("file_system")
     settings = Settings(args.seed, args.batch, args.from_scratch)
-    run = Run(args.init, args.out, settings, torch.device(args.device))
-    train(run, args.steps, args.stop_after, args.workers)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # captured steps need one of their own
+    run = Run(args.init, args.out, settings, device)
+    until = args.steps if args.until is None else min(args.until, args.steps)
+    train(run, args.steps, until, args.stop_after, args.workers)
     record = {"steps": run.step, "planned_steps": args.steps, **dataclasses.asdict(settings)}
     if args.evaluate:
         record["held_out"] = report("held out", run.score(held_out(args.evaluate)))

@@ -35,7 +35,7 @@ def one_thread() -> Iterator[None]:
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The modules of training/, imported as its scripts import one another."""
     monkeypatch.syspath_prepend(str(ROOT / "training"))
-    names = ("problems", "batches", "network", "decode", "train")
+    names = ("problems", "batches", "capture", "network", "decode", "train")
     return {name: import_module(name) for name in names}
 
 
@@ -73,6 +73,30 @@ def test_equal_seeds_give_equal_weights(tmp_path: Path) -> None:
     assert (record["steps"], record["seed"], record["batch"]) == (3, 0, 4)
     for name in ("config.json", "tokenizer.json"):
         assert (tmp_path / "a" / name).read_bytes() == (init / name).read_bytes()
+
+
+def test_until_stops_at_a_step(tmp_path: Path) -> None:
+    init = small_checkpoint(tmp_path / "init")
+    whole = run_script(init, tmp_path / "whole", "--workers", "0")
+    part = run_script(init, tmp_path / "parts", "--workers", "0", "--until", "2")
+    assert json.loads((tmp_path / "parts" / "training.json").read_text())["steps"] == 2
+    assert not same(part, whole)
+    assert same(run_script(init, tmp_path / "parts", "--workers", "0"), whole)
+
+
+def test_parallel_evaluation_is_the_serial_one(tmp_path: Path) -> None:
+    """Processes change the time and nothing else."""
+    results = []
+    for jobs in ("1", "2"):
+        command = [
+            sys.executable, str(ROOT / "training" / "evaluate.py"), "--problems", "2",
+            "--policy", "dual", "--jobs", jobs, "--json", str(tmp_path / "out.json"),
+        ]  # fmt: skip
+        environment = {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        results.append(json.loads((tmp_path / "out.json").read_text()))
+        assert results[-1].pop("seconds") > 0
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("stop", [3, 8])

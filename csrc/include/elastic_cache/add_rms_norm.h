@@ -24,5 +24,6 @@ struct AddRmsNormParams {
 };
 
 void add_rms_norm_cpu(const AddRmsNormParams& params);
+void add_rms_norm_cuda(const AddRmsNormParams& params, Stream stream);
 
 }  // namespace elastic_cache

@@ -30,5 +30,6 @@ struct CacheWriteParams {
 };
 
 void cache_write_cpu(const CacheWriteParams& params);
+void cache_write_cuda(const CacheWriteParams& params, Stream stream);
 
 }  // namespace elastic_cache

@@ -32,5 +32,6 @@ struct CommitParams {
 };
 
 void commit_cpu(const CommitParams& params);
+void commit_cuda(const CommitParams& params, Stream stream);
 
 }  // namespace elastic_cache

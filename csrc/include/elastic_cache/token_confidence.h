@@ -22,5 +22,6 @@ struct TokenConfidenceParams {
 };
 
 void token_confidence_cpu(const TokenConfidenceParams& params);
+void token_confidence_cuda(const TokenConfidenceParams& params, Stream stream);
 
 }  // namespace elastic_cache

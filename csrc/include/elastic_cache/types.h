@@ -12,6 +12,9 @@
 
 namespace elastic_cache {
 
+// cudaStream_t, without CUDA's headers.
+using Stream = struct CUstream_st*;
+
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 
 // Columns of `segments` [S, kSegmentColumns] int32: where a sequence's rows start in the row list,

@@ -1,0 +1,37 @@
+// What every launcher needs: the dtype as a C++ type, and a launch that reports its error.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "elastic_cache/types.h"
+
+namespace elastic_cache::cuda {
+
+// Calls f with a value of the C++ type that stores `dtype`.
+template <class F>
+void with_dtype(DType dtype, const F& f) {
+  if (dtype == DType::kBFloat16) {
+    f(__nv_bfloat16{});
+  } else {
+    f(float{});
+  }
+}
+
+// After a launch: a configuration the device refuses is an error of this call, not of a later one.
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(kernel) + ": the kernel could not be launched: " +
+                             cudaGetErrorString(error));
+  }
+}
+
+inline unsigned int blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned int>((items + per_block - 1) / per_block);
+}
+
+}  // namespace elastic_cache::cuda

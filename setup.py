@@ -95,7 +95,8 @@ def extension():
     host += [f"-march={os.environ.get('ELASTIC_CACHE_MARCH', 'native')}", "-fopenmp"]
     flags = {"cxx": host}
     if has_cuda:
-        macros += [("ELASTIC_CACHE_CUDA", None)]
+        # USE_CUDA: torch's header declares what gives its current stream only then.
+        macros += [("ELASTIC_CACHE_CUDA", None), ("USE_CUDA", None)]
         # torch raises IndexError when no GPU is visible and no architecture is given. Only
         # 9.0a, not 9.0, has wgmma. No nvcc flag may contain "arch": torch would then drop all
         # -gencode flags, so -march stays with the host compiler.

@@ -49,10 +49,8 @@ __device__ bool is_accepted(CommitRule rule, double amount, double confidence,
   switch (rule) {
     case CommitRule::kThreshold:
       return confidence >= (amount < standing.best ? amount : standing.best);
-    case CommitRule::kTopK:
-      return rank <= amount;
-    case CommitRule::kFactor:
-      return confidence >= 1.0 - amount / (rank + 1.0);
+    case CommitRule::kTopK: return rank <= amount;
+    case CommitRule::kFactor: return confidence >= 1.0 - amount / (rank + 1.0);
   }
   return false;
 }

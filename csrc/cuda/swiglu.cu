@@ -1,4 +1,5 @@
-// out = round(silu(gate)) * up; a thread owns 16 bytes of a row. Bound by memory: gate_up read once.
+// out = round(silu(gate)) * up; a thread owns 16 bytes of a row. Bound by memory: gate_up read
+// once.
 #include "elastic_cache/swiglu.h"
 
 #include "common/launch.h"

@@ -93,8 +93,7 @@ __global__ void __launch_bounds__(kThreads) token_confidence_kernel(TokenConfide
   if (threadIdx.x != 0) return;
   const bool is_usable = best.is_finite && best.token < p.vocab_size;
   p.token[row] = is_usable ? best.token : 0;
-  p.confidence[row] = is_usable ? exp(double{best.logit} - double{best.largest}) / sum
-                                : CUDART_NAN;
+  p.confidence[row] = is_usable ? exp(double{best.logit} - double{best.largest}) / sum : CUDART_NAN;
 }
 
 template <class T, int N>

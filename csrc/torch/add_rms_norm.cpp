@@ -2,6 +2,7 @@
 #include "elastic_cache/add_rms_norm.h"
 
 #include "checks.h"
+#include "launch.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -26,16 +27,17 @@ void add_rms_norm(const Tensor& residual, const std::optional<Tensor>& delta, co
              "rows and x_cache must be given together, got only ", rows ? "rows" : "x_cache");
 
   if (rows) check.indices("rows", *rows, x_cache->size(0));
-  add_rms_norm_cpu({.dtype = check.dtype(),
-                    .num_rows = num_rows,
-                    .width = width,
-                    .eps = static_cast<float>(eps),
-                    .residual = output<void>(residual),
-                    .delta = input<void>(delta),
-                    .weight = input<void>(weight),
-                    .rows = input<int32_t>(rows),
-                    .x_cache = output<void>(x_cache),
-                    .out = output<void>(out)});
+  ELASTIC_CACHE_LAUNCH(add_rms_norm, residual,
+                       {.dtype = check.dtype(),
+                        .num_rows = num_rows,
+                        .width = width,
+                        .eps = static_cast<float>(eps),
+                        .residual = output<void>(residual),
+                        .delta = input<void>(delta),
+                        .weight = input<void>(weight),
+                        .rows = input<int32_t>(rows),
+                        .x_cache = output<void>(x_cache),
+                        .out = output<void>(out)});
 }
 
 }  // namespace elastic_cache::ops

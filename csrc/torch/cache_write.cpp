@@ -2,6 +2,7 @@
 #include "elastic_cache/cache_write.h"
 
 #include "checks.h"
+#include "launch.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -38,21 +39,22 @@ void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int6
              " positions, got ", rope.size(0));
 
   check.indices("rows", rows, slots);
-  cache_write_cpu({.dtype = check.dtype(),
-                   .num_rows = num_rows,
-                   .num_heads = heads,
-                   .num_kv_heads = kv_heads,
-                   .head_dim = head_dim,
-                   .capacity = capacity,
-                   .qkv_row_stride = qkv.stride(0),
-                   .qkv = input<void>(qkv),
-                   .rows = input<int32_t>(rows),
-                   .rope = input<float>(rope),
-                   .q_cache = output<void>(q_cache),
-                   .k_cache = output<void>(k_cache),
-                   .v_cache = output<void>(v_cache),
-                   .q_old = output<void>(q_old),
-                   .k_old = output<void>(k_old)});
+  ELASTIC_CACHE_LAUNCH(cache_write, q_cache,
+                       {.dtype = check.dtype(),
+                        .num_rows = num_rows,
+                        .num_heads = heads,
+                        .num_kv_heads = kv_heads,
+                        .head_dim = head_dim,
+                        .capacity = capacity,
+                        .qkv_row_stride = qkv.stride(0),
+                        .qkv = input<void>(qkv),
+                        .rows = input<int32_t>(rows),
+                        .rope = input<float>(rope),
+                        .q_cache = output<void>(q_cache),
+                        .k_cache = output<void>(k_cache),
+                        .v_cache = output<void>(v_cache),
+                        .q_old = output<void>(q_old),
+                        .k_old = output<void>(k_old)});
 }
 
 }  // namespace elastic_cache::ops

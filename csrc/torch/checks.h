@@ -104,8 +104,11 @@ class Checks {
     return num_sequences > 0 ? slots / num_sequences : 0;
   }
 
+  // Values are looked at on the CPU only: on a GPU that would stop the host until it is idle.
+
   // Every value of an int32 tensor is -1 or an index below `limit`.
   void indices(const char* name, const Tensor& tensor, int64_t limit) const {
+    if (!tensor.is_cpu()) return;
     const auto* values = static_cast<const int32_t*>(tensor.const_data_ptr());
     const int64_t count = tensor.numel();
     for (int64_t i = 0; i < count; ++i) {
@@ -116,6 +119,7 @@ class Checks {
 
   // key_range [S, 2]: 0 <= first <= one past the last <= capacity.
   void key_range(const Tensor& tensor, int64_t capacity) const {
+    if (!tensor.is_cpu()) return;
     const auto* range = static_cast<const int32_t*>(tensor.const_data_ptr());
     const int64_t num_sequences = tensor.size(0);
     for (int64_t s = 0; s < num_sequences; ++s) {

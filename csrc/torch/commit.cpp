@@ -2,12 +2,14 @@
 #include "elastic_cache/commit.h"
 
 #include "checks.h"
+#include "launch.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
 namespace {
 
 void check_rules(const Checks& check, const Tensor& rule) {
+  if (!rule.is_cpu()) return;
   const int32_t* values = input<int32_t>(rule);
   for (int64_t s = 0; s < rule.size(0); ++s) {
     check.that(values[s] >= 0 && values[s] <= static_cast<int32_t>(CommitRule::kFactor),
@@ -50,21 +52,22 @@ void commit(const Tensor& token, const Tensor& confidence, const Tensor& candida
   check.indices("candidates", candidates, num_sequences * capacity);
   check.key_range(key_range, capacity);
   check_rules(check, rule);
-  commit_cpu({.num_sequences = num_sequences,
-              .capacity = capacity,
-              .num_candidates = num_candidates,
-              .eos_id = eos_id,
-              .token = input<int64_t>(token),
-              .confidence = input<double>(confidence),
-              .candidates = input<int32_t>(candidates),
-              .rule = input<int32_t>(rule),
-              .amount = input<double>(amount),
-              .key_range = input<int32_t>(key_range),
-              .tokens = output<int64_t>(tokens),
-              .masked = output<bool>(masked),
-              .committed = output<bool>(committed),
-              .eos_position = output<int32_t>(eos_position),
-              .status = output<int32_t>(status)});
+  ELASTIC_CACHE_LAUNCH(commit, tokens,
+                       {.num_sequences = num_sequences,
+                        .capacity = capacity,
+                        .num_candidates = num_candidates,
+                        .eos_id = eos_id,
+                        .token = input<int64_t>(token),
+                        .confidence = input<double>(confidence),
+                        .candidates = input<int32_t>(candidates),
+                        .rule = input<int32_t>(rule),
+                        .amount = input<double>(amount),
+                        .key_range = input<int32_t>(key_range),
+                        .tokens = output<int64_t>(tokens),
+                        .masked = output<bool>(masked),
+                        .committed = output<bool>(committed),
+                        .eos_position = output<int32_t>(eos_position),
+                        .status = output<int32_t>(status)});
 }
 
 }  // namespace elastic_cache::ops

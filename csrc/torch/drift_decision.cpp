@@ -2,6 +2,7 @@
 #include "elastic_cache/drift_decision.h"
 
 #include "checks.h"
+#include "launch.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -26,17 +27,18 @@ void drift_decision(const Tensor& similarity, const Tensor& gamma, const Tensor&
   check.shape("tracked", tracked, {{"sequences", num_sequences}, {"track_num"}});
 
   check.key_range(key_range, capacity);
-  drift_decision_cpu({.num_sequences = num_sequences,
-                      .capacity = capacity,
-                      .track_num = tracked.size(1),
-                      .layer = layer,
-                      .similarity = input<double>(similarity),
-                      .gamma = input<double>(gamma),
-                      .mass = input<float>(mass),
-                      .masked = input<bool>(masked),
-                      .key_range = input<int32_t>(key_range),
-                      .first_full_layer = output<int32_t>(first_full_layer),
-                      .tracked = output<int32_t>(tracked)});
+  ELASTIC_CACHE_LAUNCH(drift_decision, mass,
+                       {.num_sequences = num_sequences,
+                        .capacity = capacity,
+                        .track_num = tracked.size(1),
+                        .layer = layer,
+                        .similarity = input<double>(similarity),
+                        .gamma = input<double>(gamma),
+                        .mass = input<float>(mass),
+                        .masked = input<bool>(masked),
+                        .key_range = input<int32_t>(key_range),
+                        .first_full_layer = output<int32_t>(first_full_layer),
+                        .tracked = output<int32_t>(tracked)});
 }
 
 }  // namespace elastic_cache::ops

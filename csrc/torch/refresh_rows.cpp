@@ -2,6 +2,7 @@
 #include "elastic_cache/refresh_rows.h"
 
 #include "checks.h"
+#include "launch.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -28,6 +29,12 @@ void refresh_rows(const Tensor& first_full_layer, const Tensor& key_range, int64
                                  .rows = output<int32_t>(rows),
                                  .offsets = output<int32_t>(offsets)};
   check.key_range(key_range, capacity);
+#ifdef ELASTIC_CACHE_CUDA
+  if (rows.is_cuda()) {
+    refresh_rows_cuda(params, CurrentStream(rows));
+    return;
+  }
+#endif
   check.that(refresh_rows_cpu(params), "rows must hold all refreshed rows, but ", params.max_rows,
              " are too few");
 }

@@ -2,6 +2,7 @@
 #include "elastic_cache/select_rows.h"
 
 #include "checks.h"
+#include "launch.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -43,6 +44,12 @@ void select_rows(const Tensor& masked, const Tensor& committed, const Tensor& tr
                                 .segments = output<int32_t>(segments),
                                 .window_rows = output<int32_t>(window_rows)};
   check.indices("tracked", tracked, capacity);
+#ifdef ELASTIC_CACHE_CUDA
+  if (rows.is_cuda()) {
+    select_rows_cuda(params, CurrentStream(rows));
+    return;
+  }
+#endif
   check.that(select_rows_cpu(params), "rows and window_rows must hold all selected rows, but ",
              params.max_rows, " rows or ", params.max_window, " window rows are too few");
 }

@@ -2,6 +2,7 @@
 #include "elastic_cache/token_confidence.h"
 
 #include "checks.h"
+#include "launch.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -19,7 +20,8 @@ void token_confidence(const Tensor& logits, const std::optional<Tensor>& noise, 
   check.shape("confidence", confidence, {{"rows", num_rows}});
   check.that(vocab_size >= 1, "logits must have at least one column, got 0");
 
-  token_confidence_cpu({.dtype = check.dtype(),
+  ELASTIC_CACHE_LAUNCH(token_confidence, logits,
+                       {.dtype = check.dtype(),
                         .num_rows = num_rows,
                         .vocab_size = vocab_size,
                         .logits_row_stride = logits.stride(0),

@@ -4,7 +4,8 @@
 //   A 16 x 16 row-major    four registers, one load_matrices at row lane % 16, column lane / 16 * 8
 //   B 16 x 8 (k x n)       two registers; from memory that is [n][k] a plain load, from memory that
 //                          is [k][n] a transposed one; a load of four matrices gives two B
-//   C 16 x 8 float         c[0], c[1]: row lane / 4, columns lane % 4 * 2 + {0, 1}; c[2], c[3]: row + 8
+//   C 16 x 8 float         c[0], c[1]: row lane / 4, columns lane % 4 * 2 + {0, 1};
+//                          c[2], c[3]: eight rows further down
 #pragma once
 
 #include <cuda_bf16.h>

@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
   if (lane < parts.num_splits && !is_skipped) mine = parts.softmax[lane * num_items + item];
   // A comparison that NaN fails, rather than fmaxf, which would hide one.
   const float top =
-      warp_reduce(mine.x, [](float a, float b) { return a > b || isnan(a) ? a : b; });
+      warp_reduce(mine.x, [](float a, float b) { return a > b || a != a ? a : b; });
   const float weight = mine.x == -INFINITY ? 0.0f : exp2f(mine.x - top);
   const float sum = warp_reduce(weight * mine.y, Sum{});
   const unsigned int present = __ballot_sync(kFullWarp, mine.x != -INFINITY);

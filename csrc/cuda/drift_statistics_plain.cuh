@@ -1,5 +1,5 @@
 // What the kernels of drift_statistics share: the workspace, what a block knows of its sequence;
-// and the plain form of the scan, for any dtype and any even head_dim: a thread a key, lanes in turn.
+// and the plain form of the scan, for any dtype and even head_dim: a thread a key, lanes in turn.
 // It is the kernel to read first, and the one float32 uses.
 #pragma once
 

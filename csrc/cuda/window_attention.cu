@@ -144,7 +144,7 @@ __device__ inline void find_maximum(PartShared<D, M>& sh, float factor, int coun
       for (int i = 0; i < 4; ++i) {
         const int key = warp * kKeysPerWarp + i / 2 * 8 + lane % 4 * 2 + i % 2;
         float& x = score[m][i / 2][half * 2 + i % 2];
-        x = key < count ? x * factor : -INFINITY;
+        x = key < count ? __fmul_rn(x, factor) : -INFINITY;
         top = fmaxf(top, x);
       }
       top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
@@ -154,7 +154,8 @@ __device__ inline void find_maximum(PartShared<D, M>& sh, float factor, int coun
   }
 }
 
-// Weights of this warp's keys into shared memory; what was added up before is rescaled.
+// Weights of this warp's keys into shared memory; what was added before is rescaled. Products and
+// sums say how they round: the forms for 16, 32 and 64 lanes must not be contracted differently.
 template <int D, int M>
 __device__ inline void weigh(PartShared<D, M>& sh, const Scores<M>& score,
                              PartState<D, M>& state) {
@@ -175,16 +176,17 @@ __device__ inline void weigh(PartShared<D, M>& sh, const Scores<M>& score,
         state.out[m][n][half * 2] *= rescale;
         state.out[m][n][half * 2 + 1] *= rescale;
       }
-      state.sum[m][half] *= rescale;
+      float total = 0.0f;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const float a = exp2f(score[m][n][half * 2] - top);
         const float b = exp2f(score[m][n][half * 2 + 1] - top);
-        state.sum[m][half] += a + b;
+        total += a + b;
         *reinterpret_cast<__nv_bfloat162*>(
             &sh.weights[row][warp * kKeysPerWarp + n * 8 + lane % 4 * 2]) =
             __floats2bfloat162_rn(a, b);
       }
+      state.sum[m][half] = __fmaf_rn(state.sum[m][half], rescale, total);
     }
   }
 }

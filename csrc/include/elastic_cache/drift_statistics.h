@@ -33,8 +33,19 @@ struct DriftStatisticsParams {
 
   float* mass;         // [S, C] out
   double* similarity;  // [S] out
+
+  // CUDA only. The workspace holds the weights of up to `max_tracked` tracked rows of all sequences
+  // together (0 = of any number, R): a similarity that has no room for its rows is NaN.
+  int64_t max_tracked = 0;
+  // drift_statistics_workspace() bytes, aligned to 16; contents do not matter.
+  void* workspace = nullptr;
 };
 
 void drift_statistics_cpu(const DriftStatisticsParams& params);
+
+// A function of the sizes and of max_tracked. Any even head_dim up to 384 works; bfloat16 with 32,
+// 64 or 128 uses tensor cores.
+int64_t drift_statistics_workspace(const DriftStatisticsParams& params);
+void drift_statistics_cuda(const DriftStatisticsParams& params, Stream stream);
 
 }  // namespace elastic_cache

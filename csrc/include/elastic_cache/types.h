@@ -10,10 +10,11 @@
 
 #include <cstdint>
 
+struct CUstream_st;  // what cudaStream_t points to
+
 namespace elastic_cache {
 
-// cudaStream_t, without CUDA's headers.
-using Stream = struct CUstream_st*;
+using Stream = ::CUstream_st*;  // cudaStream_t, without a CUDA header
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 

@@ -25,8 +25,16 @@ struct WindowAttentionParams {
 
   void* out;   // [R, H, D] dtype
   float* lse;  // [R, H]
+
+  // CUDA only: window_attention_workspace() bytes, aligned to 16; contents do not matter.
+  void* workspace = nullptr;
 };
 
 void window_attention_cpu(const WindowAttentionParams& params);
+
+// A function of the sizes alone. Any even head_dim up to 512 works; bfloat16 with 32, 64 or 128
+// uses tensor cores.
+int64_t window_attention_workspace(const WindowAttentionParams& params);
+void window_attention_cuda(const WindowAttentionParams& params, Stream stream);
 
 }  // namespace elastic_cache

@@ -1,0 +1,38 @@
+// Sizes that were chosen rather than derived, each with its reason. [c] arithmetic, not measured.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace elastic_cache::cuda {
+
+// Keys of an attention tile. Two tiles of K and V at head_dim 128 are 70 KB, so that two blocks
+// fit an SM; all bytes a block needs at 1024 keys are then on their way at once [c].
+inline constexpr int kAttentionTileKeys = 64;
+
+// Blocks that attention wants for one tile of rows: two on each of an H100's or H200's 132 SMs.
+// A constant, and not what the device at hand has: results are to be the same on all.
+inline constexpr int64_t kAttentionBlocks = 264;
+
+// The combining kernel keeps one split a lane of a warp.
+inline constexpr int64_t kMaxAttentionSplits = 32;
+
+// Into how many parts the keys of a sequence are cut. It must not depend on the rows: then a row's
+// result does not depend on what else is computed with it.
+inline int64_t attention_splits(int64_t num_kv_heads, int64_t capacity) {
+  const int64_t tiles = (capacity + kAttentionTileKeys - 1) / kAttentionTileKeys;
+  const int64_t wanted = kAttentionBlocks / std::max<int64_t>(num_kv_heads, 1);
+  return std::max<int64_t>(1, std::min({wanted, tiles, kMaxAttentionSplits}));
+}
+
+// Keys of a statistics block: with one head a block, 1024 keys and 32 heads give 256 blocks, two an
+// SM. Half as many keys would read all queries twice as often, which is what K itself takes [c].
+inline constexpr int kDriftBlockKeys = 128;
+
+// Queries in shared memory at a time, twice. Two blocks of 110 KB fit an SM at head_dim 128.
+inline constexpr int kDriftChunkLanes = 64;
+
+// Blocks over the tracked rows in the comparison, for 128 blocks at 1024 keys; more rows: a loop.
+inline constexpr int64_t kDriftRowBlocks = 16;
+
+}  // namespace elastic_cache::cuda

@@ -32,6 +32,15 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
+      "project_qkv(Tensor(a!) residual, Tensor? delta, Tensor norm_weight, float eps, "
+      "Tensor weight, Tensor? bias, Tensor rows, Tensor rope, int capacity, "
+      "Tensor(b!)? x_cache, Tensor(c!) q_cache, Tensor(d!) k_cache, Tensor(e!) v_cache, "
+      "Tensor(f!)? q_old, Tensor(g!)? k_old, Tensor(h!) hidden, Tensor(i!) qkv) -> ()");
+  m.def(
+      "output_mlp(Tensor attention, Tensor out_weight, Tensor(a!) residual, Tensor norm_weight, "
+      "float eps, Tensor gate_up_weight, Tensor down_weight, Tensor(b!) hidden, "
+      "Tensor(c!) gate_up, Tensor(d!) activation, Tensor(e!) delta) -> ()");
+  m.def(
       "token_confidence(Tensor logits, Tensor? noise, Tensor(a!) token, "
       "Tensor(b!) confidence) -> ()");
   m.def(
@@ -51,6 +60,8 @@ STABLE_TORCH_LIBRARY_IMPL(elastic_cache, CPU, m) {
   m.impl("add_rms_norm", TORCH_BOX(&ops::add_rms_norm));
   m.impl("linear", TORCH_BOX(&ops::linear));
   m.impl("swiglu", TORCH_BOX(&ops::swiglu));
+  m.impl("project_qkv", TORCH_BOX(&ops::project_qkv));
+  m.impl("output_mlp", TORCH_BOX(&ops::output_mlp));
   m.impl("token_confidence", TORCH_BOX(&ops::token_confidence));
   m.impl("commit", TORCH_BOX(&ops::commit));
 }

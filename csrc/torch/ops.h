@@ -44,6 +44,18 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
 
 void swiglu(const Tensor& gate_up, const Tensor& out);
 
+void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
+                 const Tensor& norm_weight, double eps, const Tensor& weight,
+                 const std::optional<Tensor>& bias, const Tensor& rows, const Tensor& rope,
+                 int64_t capacity, const std::optional<Tensor>& x_cache, const Tensor& q_cache,
+                 const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& q_old,
+                 const std::optional<Tensor>& k_old, const Tensor& hidden, const Tensor& qkv);
+
+void output_mlp(const Tensor& attention, const Tensor& out_weight, const Tensor& residual,
+                const Tensor& norm_weight, double eps, const Tensor& gate_up_weight,
+                const Tensor& down_weight, const Tensor& hidden, const Tensor& gate_up,
+                const Tensor& activation, const Tensor& delta);
+
 void token_confidence(const Tensor& logits, const std::optional<Tensor>& noise, const Tensor& token,
                       const Tensor& confidence);
 

@@ -20,9 +20,9 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
       "window_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor rows, "
       "Tensor key_range, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "drift_statistics(Tensor q_cache, Tensor k_cache, Tensor? q_old, Tensor? k_old, "
-      "Tensor rows, Tensor segments, Tensor key_range, Tensor lse, float scale, "
-      "Tensor(a!) mass, Tensor(b!) similarity) -> ()");
+      "drift_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor? q_old, "
+      "Tensor? k_old, Tensor rows, Tensor segments, Tensor key_range, float scale, "
+      "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) mass, Tensor(d!) similarity) -> ()");
   m.def(
       "drift_decision(Tensor similarity, Tensor gamma, Tensor mass, Tensor masked, "
       "Tensor key_range, int layer, Tensor(a!) first_full_layer, Tensor(b!) tracked) -> ()");
@@ -55,7 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(elastic_cache, CPU, m) {
   m.impl("refresh_rows", TORCH_BOX(&ops::refresh_rows));
   m.impl("cache_write", TORCH_BOX(&ops::cache_write));
   m.impl("window_attention", TORCH_BOX(&ops::window_attention));
-  m.impl("drift_statistics", TORCH_BOX(&ops::drift_statistics));
+  m.impl("drift_attention", TORCH_BOX(&ops::drift_attention));
   m.impl("drift_decision", TORCH_BOX(&ops::drift_decision));
   m.impl("add_rms_norm", TORCH_BOX(&ops::add_rms_norm));
   m.impl("linear", TORCH_BOX(&ops::linear));

@@ -158,19 +158,10 @@ class Forward:
                 self._store_input(index, plan.rows, work)
                 return index
             self._project_qkv(index, plan.rows, work, is_first=index == 0)
-            cached = self._cache.layers[index]
-            ops.window_attention(
-                cached.q,
-                cached.k,
-                cached.v,
-                plan.rows,
-                state.key_range,
-                self._scale,
-                work.attention,
-                work.lse,
-            )
-            if drift is not None:
-                self._test_drift(index, plan.rows, drift.row_segments, drift, state, work)
+            if drift is None:
+                self._attend(index, plan.rows, state, work)
+            else:
+                self._attend_and_test(index, plan.rows, drift.row_segments, drift, state, work)
             self._finish_layer(layer, work.attention_flat, work)
         if drift is None or verdict is not None:
             return depth
@@ -250,7 +241,20 @@ class Forward:
             work.delta,
         )
 
-    def _test_drift(
+    def _attend(self, index: int, rows: torch.Tensor, state: DecodeState, work: Workspace) -> None:
+        cached = self._cache.layers[index]
+        ops.window_attention(
+            cached.q,
+            cached.k,
+            cached.v,
+            rows,
+            state.key_range,
+            self._scale,
+            work.attention,
+            work.lse,
+        )
+
+    def _attend_and_test(
         self,
         index: int,
         rows: torch.Tensor,
@@ -260,16 +264,18 @@ class Forward:
         work: Workspace,
     ) -> None:
         cached = self._cache.layers[index]
-        ops.drift_statistics(
+        ops.drift_attention(
             cached.q,
             cached.k,
+            cached.v,
             work.q_old,
             work.k_old,
             rows,
             segments,
             state.key_range,
-            work.lse,
             self._scale,
+            work.attention,
+            work.lse,
             drift.mass,
             drift.similarity,
         )
@@ -287,18 +293,7 @@ class Forward:
     def _track_full(self, index: int, plan: Plan, drift: DriftTest, state: DecodeState) -> None:
         """Tracked-token choice of a full layer: attention of the window's rows once more.
 
-        torch's attention keeps no log-sum-exp; W rows beside all of them cost a few per cent.
+        torch's attention keeps no weights; W rows beside all of them cost a few per cent.
         """
-        cached, num_rows = self._cache.layers[index], plan.candidates.numel()
-        work = self._workspace.rows(num_rows)
-        ops.window_attention(
-            cached.q,
-            cached.k,
-            cached.v,
-            plan.candidates,
-            state.key_range,
-            self._scale,
-            work.attention,
-            work.lse,
-        )
-        self._test_drift(index, plan.candidates, drift.window_segments, drift, state, work)
+        work = self._workspace.rows(plan.candidates.numel())
+        self._attend_and_test(index, plan.candidates, drift.window_segments, drift, state, work)

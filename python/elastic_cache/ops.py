@@ -33,7 +33,7 @@ _select_rows = kernel("select_rows")
 _refresh_rows = kernel("refresh_rows")
 _cache_write = kernel("cache_write")
 _window_attention = kernel("window_attention")
-_drift_statistics = kernel("drift_statistics")
+_drift_attention = kernel("drift_attention")
 _drift_decision = kernel("drift_decision")
 _add_rms_norm = kernel("add_rms_norm")
 _linear = kernel("linear")
@@ -170,20 +170,23 @@ def window_attention(
     _window_attention(q_cache, k_cache, v_cache, rows, key_range, scale, out, lse)
 
 
-def drift_statistics(
+def drift_attention(
     q_cache: Tensor,
     k_cache: Tensor,
+    v_cache: Tensor,
     q_old: Tensor | None,
     k_old: Tensor | None,
     rows: Tensor,
     segments: Tensor,
     key_range: Tensor,
-    lse: Tensor,
     scale: float,
+    out: Tensor,
+    lse: Tensor,
     mass: Tensor,
     similarity: Tensor,
 ) -> None:
-    """How much attention every key gets from the window, and how far attention has drifted.
+    """`window_attention`; also how much attention every key gets from the window, and how far
+    attention has drifted.
 
     mass[s, k] sums the attention of all heads and window rows to key k; similarity[s] is the mean
     over (tracked row, key) of the cosine, over the HEAD axis, between the attention weights
@@ -192,13 +195,15 @@ def drift_statistics(
     Args:
         q_cache: model [N, H, D], after this layer's rows were written.
         k_cache: model [N, Hkv, D], likewise.
+        v_cache: model [N, Hkv, D], likewise.
         q_old: model [R, H, D], the overwritten queries; None when no sequence has tracked rows.
         k_old: model [R, Hkv, D], the overwritten keys; None likewise.
         rows: int32 [R].
         segments: int32 [S, 5].
         key_range: int32 [S, 2].
-        lse: float32 [R, H], from `window_attention` of the same rows.
-        scale: as given to `window_attention`.
+        scale: factor of the scores, usually 1 / sqrt(D).
+        out: out, model [R, H, D], as `window_attention` gives it.
+        lse: out, float32 [R, H], likewise.
         mass: out, float32 [S, C]; 0 outside of the key range.
         similarity: out, float64 [S].
 
@@ -207,8 +212,20 @@ def drift_statistics(
 
     Source: the paper's drift test and most-attended token, as its code computes them.
     """
-    _drift_statistics(
-        q_cache, k_cache, q_old, k_old, rows, segments, key_range, lse, scale, mass, similarity
+    _drift_attention(
+        q_cache,
+        k_cache,
+        v_cache,
+        q_old,
+        k_old,
+        rows,
+        segments,
+        key_range,
+        scale,
+        out,
+        lse,
+        mass,
+        similarity,
     )
 
 

@@ -121,18 +121,40 @@ def window_attention(
         lse[mine] = row_lse.to(lse.dtype)
 
 
-def drift_statistics(
+def drift_attention(
     q_cache: Tensor,  # [N, H, D]
     k_cache: Tensor,  # [N, Hkv, D]
+    v_cache: Tensor,  # [N, Hkv, D]
     q_old: Tensor | None,  # [R, H, D]
     k_old: Tensor | None,  # [R, Hkv, D]
     rows: Tensor,  # [R] int32 slots, -1 = skip
     segments: Tensor,  # [S, 5] int32
     key_range: Tensor,  # [S, 2] int32
-    lse: Tensor,  # [R, H] float32
     scale: float,
+    out: Tensor,  # [R, H, D] out
+    lse: Tensor,  # [R, H] float32 out
     mass: Tensor,  # [S, C] float32 out
     similarity: Tensor,  # [S] float64 out
+) -> None:
+    """`window_attention`, then the statistics of the same weights."""
+    window_attention(q_cache, k_cache, v_cache, rows, key_range, scale, out, lse)
+    _drift_statistics(
+        q_cache, k_cache, q_old, k_old, rows, segments, key_range, lse, scale, mass, similarity
+    )
+
+
+def _drift_statistics(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    q_old: Tensor | None,
+    k_old: Tensor | None,
+    rows: Tensor,
+    segments: Tensor,
+    key_range: Tensor,
+    lse: Tensor,
+    scale: float,
+    mass: Tensor,
+    similarity: Tensor,
 ) -> None:
     """Per sequence: attention mass of every key, and how far tracked rows drifted since last step.
 

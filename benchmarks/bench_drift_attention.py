@@ -1,6 +1,7 @@
 """drift_attention of a window step; plain torch does what the published code does.
 
-That is: attention, softmax of old and new scores in full, over a K cache as it was, and a cosine over heads.
+That is: attention; softmax of old and new scores in full, over a K cache as it was; a cosine over
+heads.
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ inline void product_tile(LaneRows a, const Operand& b, int64_t j, int64_t num_i,
   for (int64_t i = 0; i < num_i; ++i, a.data += a.stride, column += b.step_i) {
     Float8 left[NV];
     for (int v = 0; v < NV; ++v) {
-      left[v] = load8(a.data + v * kLanes);
-      keep_in_register(left[v]);
+      Float8 loaded = load8(a.data + v * kLanes);  // an element in asm would live in memory
+      keep_in_register(loaded);
+      left[v] = loaded;
     }
     for (int t = 0; t < NJ; ++t) {
       Float8 right = splat(column[t * b.step_j]);

@@ -213,20 +213,9 @@ def drift_attention(
     Source: the paper's drift test and most-attended token, as its code computes them.
     """
     _drift_attention(
-        q_cache,
-        k_cache,
-        v_cache,
-        q_old,
-        k_old,
-        rows,
-        segments,
-        key_range,
-        scale,
-        out,
-        lse,
-        mass,
-        similarity,
-    )
+        q_cache, k_cache, v_cache, q_old, k_old, rows, segments, key_range, scale, out, lse,
+        mass, similarity,
+    )  # fmt: skip
 
 
 def drift_decision(
@@ -368,24 +357,9 @@ def project_qkv(
     Source: the paper's depth-selective recomputation, for a row list or all rows of a layer.
     """
     _project_qkv(
-        residual,
-        delta,
-        norm_weight,
-        eps,
-        weight,
-        bias,
-        rows,
-        rope,
-        capacity,
-        x_cache,
-        q_cache,
-        k_cache,
-        v_cache,
-        q_old,
-        k_old,
-        hidden,
-        qkv,
-    )
+        residual, delta, norm_weight, eps, weight, bias, rows, rope, capacity, x_cache, q_cache,
+        k_cache, v_cache, q_old, k_old, hidden, qkv,
+    )  # fmt: skip
 
 
 def output_mlp(
@@ -423,18 +397,9 @@ def output_mlp(
     Source: the second half of a LLaDA block (arXiv 2502.09992).
     """
     _output_mlp(
-        attention,
-        out_weight,
-        residual,
-        norm_weight,
-        eps,
-        gate_up_weight,
-        down_weight,
-        hidden,
-        gate_up,
-        activation,
-        delta,
-    )
+        attention, out_weight, residual, norm_weight, eps, gate_up_weight, down_weight, hidden,
+        gate_up, activation, delta,
+    )  # fmt: skip
 
 
 def token_confidence(

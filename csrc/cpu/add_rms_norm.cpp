@@ -1,68 +1,14 @@
-// See the header for the formula. One pass over a row updates the residual and sums its squares, a
-// second one normalises; the row stays in the first-level cache in between.
+// See the header for the formula, add_rms_norm_row.h for the arithmetic.
 #include "elastic_cache/add_rms_norm.h"
 
-#include <cmath>
-#include <cstring>
-
+#include "add_rms_norm_row.h"
 #include "common.h"
 
 namespace elastic_cache {
-namespace {
-
-// residual += delta, rounded to T; returns the sum of squares of what was stored.
-template <class T>
-float add_and_square(T* residual, const T* delta, int64_t width) {
-  Float8 squares[2] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    Float8 x = load8(residual + i);
-    if (delta) {
-      x = round_to<T>(x + load8(delta + i));
-      store8(residual + i, x);
-    }
-    Float8& total = squares[(i / kLanes) % 2];
-    total = multiply_add(x, x, total);
-  }
-  float total = sum(squares[0] + squares[1]);
-  for (; i < width; ++i) {
-    if (delta) residual[i] = from_float<T>(to_float(residual[i]) + to_float(delta[i]));
-    total += to_float(residual[i]) * to_float(residual[i]);
-  }
-  return total;
-}
-
-template <class T>
-void normalise(const T* residual, const T* weight, float inverse, int64_t width, T* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    store8(out + i, round_to<T>(load8(residual + i) * inverse) * load8(weight + i));
-  }
-  for (; i < width; ++i) {
-    out[i] = from_float<T>(round_to<T>(to_float(residual[i]) * inverse) * to_float(weight[i]));
-  }
-}
-
-template <class T>
-void add_rms_norm_row(const AddRmsNormParams& p, int64_t row) {
-  T* residual = static_cast<T*>(p.residual) + row * p.width;
-  const T* delta = p.delta ? static_cast<const T*>(p.delta) + row * p.width : nullptr;
-  const float squares = add_and_square(residual, delta, p.width);
-  if (p.x_cache && p.rows[row] >= 0) {
-    T* cached = static_cast<T*>(p.x_cache) + int64_t{p.rows[row]} * p.width;
-    std::memcpy(cached, residual, static_cast<size_t>(p.width) * sizeof(T));
-  }
-  const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(p.width) + p.eps);
-  normalise(residual, static_cast<const T*>(p.weight), inverse, p.width,
-            static_cast<T*>(p.out) + row * p.width);
-}
-
-}  // namespace
 
 void add_rms_norm_cpu(const AddRmsNormParams& params) {
-  constexpr double kNanosecondsPerElement = 0.6;
   with_dtype(params.dtype, [&](auto zero) {
-    parallel_for(params.num_rows, kNanosecondsPerElement * static_cast<double>(params.width),
+    parallel_for(params.num_rows, kNormNanoseconds * static_cast<double>(params.width),
                  [&](int64_t row) { add_rms_norm_row<decltype(zero)>(params, row); });
   });
 }

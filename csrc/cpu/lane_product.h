@@ -11,6 +11,20 @@
 
 namespace elastic_cache {
 
+#ifdef __AVX512VL__
+inline constexpr int kTileVectors = 6;  // 32 registers: 6 x 4 accumulators and 6 operands
+#else
+inline constexpr int kTileVectors = 3;
+#endif
+
+// Rows of lanes, `stride` floats apart.
+struct LaneRows {
+  float* data;
+  int64_t stride;
+
+  LaneRows from(int64_t vector) const { return {data + vector * kLanes, stride}; }
+};
+
 // Elements i, j of the operand without lanes are at data[i * step_i + j * step_j].
 struct Operand {
   const float* data;
@@ -20,62 +34,77 @@ struct Operand {
 
 // NV vectors of lanes x NJ columns, held in registers. `scale` is null to overwrite c.
 template <int NV, int NJ>
-inline void product_tile(const float* a, int64_t lanes, const Operand& b, int64_t j, int64_t num_i,
-                         const Float8* scale, float* c) {
+inline void product_tile(LaneRows a, const Operand& b, int64_t j, int64_t num_i,
+                         const Float8* scale, LaneRows c) {
   Float8 acc[NJ][NV] = {};
   const float* column = b.data + j * b.step_j;
-  for (int64_t i = 0; i < num_i; ++i, a += lanes, column += b.step_i) {
+  for (int64_t i = 0; i < num_i; ++i, a.data += a.stride, column += b.step_i) {
     Float8 left[NV];
     for (int v = 0; v < NV; ++v) {
-      left[v] = load8(a + v * kLanes);
-      keep_in_register(left[v]);
+      Float8 loaded = load8(a.data + v * kLanes);  // an element in asm would live in memory
+      keep_in_register(loaded);
+      left[v] = loaded;
     }
     for (int t = 0; t < NJ; ++t) {
-      const Float8 right = splat(column[t * b.step_j]);
+      Float8 right = splat(column[t * b.step_j]);
+      keep_in_register(right);
       for (int v = 0; v < NV; ++v) acc[t][v] = multiply_add(left[v], right, acc[t][v]);
     }
   }
   for (int t = 0; t < NJ; ++t) {
     for (int v = 0; v < NV; ++v) {
-      float* out = c + (j + t) * lanes + v * kLanes;
+      float* out = c.data + (j + t) * c.stride + v * kLanes;
       store8(out, scale ? multiply_add(load8(out), scale[v], acc[t][v]) : acc[t][v]);
     }
   }
 }
 
+// Columns a tile takes. At least 8 accumulators hide the latency of the multiply-add; with the
+// vectors of lanes and a broadcast they must fit the registers. Measured best for each number.
 template <int NV>
-void product_columns(const float* a, int64_t lanes, const Operand& b, int64_t num_i, int64_t num_j,
-                     const Float8* scale, float* c) {
-  // At least 8 accumulators hide the latency of the multiply-add; with the vectors of lanes and a
-  // broadcast they must fit the 16 registers of AVX2. Measured best for each number of vectors.
-  constexpr int kColumns = NV == 1 ? 8 : NV == 2 ? 6 : 3;
-  int64_t j = 0;
-  for (; j + kColumns <= num_j; j += kColumns) {
-    product_tile<NV, kColumns>(a, lanes, b, j, num_i, scale, c);
-  }
-  for (; j + 2 <= num_j; j += 2) product_tile<NV, 2>(a, lanes, b, j, num_i, scale, c);
-  for (; j < num_j; ++j) product_tile<NV, 1>(a, lanes, b, j, num_i, scale, c);
+constexpr int tile_columns() {
+  if (kTileVectors > 3) return NV <= 3 ? 8 : 4;
+  return NV == 1 ? 8 : NV == 2 ? 6 : 3;
 }
 
-// a [num_i, lanes], c [num_j, lanes]; lanes is a multiple of 8, of which `num_vectors` from a and c
-// on are computed.
-inline void lane_product(const float* a, int64_t lanes, int64_t num_vectors, const Operand& b,
-                         int64_t num_i, int64_t num_j, const Float8* scale, float* c) {
-  for (int64_t v = 0; v < num_vectors;) {
-    const int64_t left = num_vectors - v;
-    const Float8* s = scale ? scale + v : nullptr;
-    const float* from = a + v * kLanes;
-    float* to = c + v * kLanes;
-    if (left >= 3 && left != 4) {
-      product_columns<3>(from, lanes, b, num_i, num_j, s, to);
-      v += 3;
-    } else if (left >= 2) {
-      product_columns<2>(from, lanes, b, num_i, num_j, s, to);
-      v += 2;
-    } else {
-      product_columns<1>(from, lanes, b, num_i, num_j, s, to);
-      v += 1;
-    }
+// `between(count)` runs after each tile of so many columns: the place for a few prefetches.
+template <int NV, class Between>
+void product_columns(const LaneRows& a, const Operand& b, int64_t num_i, int64_t num_j,
+                     const Float8* scale, const LaneRows& c, const Between& between) {
+  constexpr int kColumns = tile_columns<NV>();
+  int64_t j = 0;
+  for (; j + kColumns <= num_j; j += kColumns) {
+    product_tile<NV, kColumns>(a, b, j, num_i, scale, c);
+    between(kColumns);
+  }
+  for (; j + 2 <= num_j; j += 2) product_tile<NV, 2>(a, b, j, num_i, scale, c);
+  for (; j < num_j; ++j) product_tile<NV, 1>(a, b, j, num_i, scale, c);
+}
+
+// Calls f with a compile-time number of vectors, 1 to 6.
+template <class F>
+inline void with_vectors(int64_t num_vectors, const F& f) {
+  switch (num_vectors) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+  }
+}
+
+// a [num_i, lanes], c [num_j, lanes], of which the first NV (1 to 6) vectors are computed.
+template <int NV, class Between>
+inline void lane_product(const LaneRows& a, const Operand& b, int64_t num_i, int64_t num_j,
+                         const Float8* scale, const LaneRows& c, const Between& between) {
+  if constexpr (NV <= kTileVectors) {
+    product_columns<NV>(a, b, num_i, num_j, scale, c, between);
+  } else {
+    constexpr int kFirst = (NV + 1) / 2;
+    lane_product<kFirst>(a, b, num_i, num_j, scale, c, between);
+    lane_product<NV - kFirst>(a.from(kFirst), b, num_i, num_j, scale ? scale + kFirst : nullptr,
+                              c.from(kFirst), [](int64_t) {});
   }
 }
 
@@ -85,17 +114,31 @@ inline void pack_query(const T* query, float factor, int64_t head_dim, int64_t l
   for (int64_t d = 0; d < head_dim; ++d) to[d * lanes] = to_float(query[d]) * factor;
 }
 
-// Asks for rows that will be needed soon. A head's part of a cache row is one or two cache lines,
-// a whole row apart from the next, which hardware prefetchers do not follow well. Measured on
-// Zen 3, one thread, 22 rows, 350 keys, D 32: attention over 32 layers in turn takes 149 us a layer
-// instead of 174; over one layer again and again, in the second level already, it loses 10 us.
+// Asks for rows that will be needed soon, a few at a time between the tiles of a product. A head's
+// part of a cache row is one or two cache lines, a whole row apart from the next, which hardware
+// prefetchers do not follow well; all rows at once would fill the queue of misses and stall.
 template <class T>
-inline void prefetch_rows(const T* rows, int64_t stride, int64_t n, int64_t head_dim) {
-  constexpr int64_t kLineElements = 64 / sizeof(T);
-  for (int64_t i = 0; i < n; ++i, rows += stride) {
-    for (int64_t d = 0; d < head_dim; d += kLineElements) __builtin_prefetch(rows + d, 0, 2);
+class RowPrefetch {
+ public:
+  RowPrefetch(const T* rows, int64_t stride, int64_t count, int64_t head_dim)
+      : row_(rows), stride_(stride), left_(count), head_dim_(head_dim) {}
+
+  void next(int64_t count) {
+    constexpr int64_t kLineElements = 64 / sizeof(T);
+    count = std::min(count, left_);
+    left_ -= count;
+    for (; count > 0; --count, row_ += stride_) {
+      for (int64_t d = 0; d < head_dim_; d += kLineElements) __builtin_prefetch(row_ + d, 0, 2);
+    }
   }
-}
+  void rest() { next(left_); }
+
+ private:
+  const T* row_;
+  int64_t stride_;
+  int64_t left_;
+  int64_t head_dim_;
+};
 
 // n rows of head_dim elements as contiguous floats.
 template <class T>

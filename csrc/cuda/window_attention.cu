@@ -157,8 +157,7 @@ __device__ inline void find_maximum(PartShared<D, M>& sh, float factor, int coun
 // Weights of this warp's keys into shared memory; what was added before is rescaled. Products and
 // sums say how they round: the forms for 16, 32 and 64 lanes must not be contracted differently.
 template <int D, int M>
-__device__ inline void weigh(PartShared<D, M>& sh, const Scores<M>& score,
-                             PartState<D, M>& state) {
+__device__ inline void weigh(PartShared<D, M>& sh, const Scores<M>& score, PartState<D, M>& state) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 #pragma unroll
@@ -331,8 +330,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
   float2 mine = make_float2(-INFINITY, 0.0f);
   if (lane < parts.num_splits && !is_skipped) mine = parts.softmax[lane * num_items + item];
   // A comparison that NaN fails, rather than fmaxf, which would hide one.
-  const float top =
-      warp_reduce(mine.x, [](float a, float b) { return a > b || a != a ? a : b; });
+  const float top = warp_reduce(mine.x, [](float a, float b) { return a > b || a != a ? a : b; });
   const float weight = mine.x == -INFINITY ? 0.0f : exp2f(mine.x - top);
   const float sum = warp_reduce(weight * mine.y, Sum{});
   const unsigned int present = __ballot_sync(kFullWarp, mine.x != -INFINITY);
@@ -404,9 +402,8 @@ void launch(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
   } else {
     launch_tensor_cores<128>(p, parts, stream);
   }
-  window_attention_combine_kernel<T>
-      <<<blocks_for(p.num_rows * p.num_heads, kCombineWarps), kCombineWarps * kWarpSize, 0,
-         stream>>>(p, parts);
+  window_attention_combine_kernel<T><<<blocks_for(p.num_rows * p.num_heads, kCombineWarps),
+                                       kCombineWarps * kWarpSize, 0, stream>>>(p, parts);
   check_launch("window_attention");
 }
 
@@ -414,16 +411,15 @@ void launch(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
 }  // namespace cuda::attention
 
 int64_t window_attention_workspace(const WindowAttentionParams& p) {
-  const int64_t items = cuda::attention_splits(p.num_kv_heads, p.capacity) * p.num_rows *
-                        p.num_heads;
+  const int64_t items =
+      cuda::attention_splits(p.num_kv_heads, p.capacity) * p.num_rows * p.num_heads;
   return items * (p.head_dim + 2) * static_cast<int64_t>(sizeof(float));
 }
 
 void window_attention_cuda(const WindowAttentionParams& params, Stream stream) {
   if (params.num_rows == 0 || params.num_heads == 0) return;
   cuda::attention::Parts parts{};
-  parts.num_splits =
-      static_cast<int>(cuda::attention_splits(params.num_kv_heads, params.capacity));
+  parts.num_splits = static_cast<int>(cuda::attention_splits(params.num_kv_heads, params.capacity));
   const int64_t items = parts.num_splits * params.num_rows * params.num_heads;
   parts.softmax = static_cast<float2*>(params.workspace);
   parts.out = reinterpret_cast<float*>(parts.softmax + items);

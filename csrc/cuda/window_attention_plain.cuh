@@ -19,8 +19,8 @@ constexpr int kNoSequence = INT_MAX;
 
 // What the part kernel leaves for the combining one; an item is row * H + head.
 struct Parts {
-  float* out;        // [splits, R * H, D]; not written where the maximum is -infinity
-  float2* softmax;   // [splits, R * H] maximum (base 2) and sum
+  float* out;       // [splits, R * H, D]; not written where the maximum is -infinity
+  float2* softmax;  // [splits, R * H] maximum (base 2) and sum
   int num_splits;
 };
 
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kPlainLanes* kWarpSize)
   const int dim = static_cast<int>(p.head_dim);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  float* keys = plain_memory;                      // [32, D + 1]
-  float* values = keys + kWarpSize * (dim + 1);    // [32, D]
+  float* keys = plain_memory;                    // [32, D + 1]
+  float* values = keys + kWarpSize * (dim + 1);  // [32, D]
   float* query = values + kWarpSize * dim + warp * 2 * dim;
   float* out = query + dim;
   const int split = static_cast<int>(blockIdx.y), kv_head = static_cast<int>(blockIdx.z);

@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "launch.h"
+#include "layer_params.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -32,29 +33,12 @@ void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int6
   check.shape("rope", rope, {{"positions"}, {"head_dim", head_dim}});
   check.shape("q_old", q_old, {{"rows", num_rows}, {"heads", heads}, {"head_dim", head_dim}});
   check.shape("k_old", k_old, {{"rows", num_rows}, {"kv_heads", kv_heads}, {"head_dim", head_dim}});
-  check.that(head_dim % 2 == 0, "head_dim must be even, got ", head_dim);
-  check.that(capacity >= 1 && slots % capacity == 0, "capacity must be at least 1 and divide the ",
-             slots, " slots, got ", capacity);
-  check.that(rope.size(0) >= capacity, "rope must have a row for each of ", capacity,
-             " positions, got ", rope.size(0));
+  check.rope(head_dim, slots, capacity, rope.size(0));
 
   check.indices("rows", rows, slots);
   ELASTIC_CACHE_LAUNCH(cache_write, q_cache,
-                       {.dtype = check.dtype(),
-                        .num_rows = num_rows,
-                        .num_heads = heads,
-                        .num_kv_heads = kv_heads,
-                        .head_dim = head_dim,
-                        .capacity = capacity,
-                        .qkv_row_stride = qkv.stride(0),
-                        .qkv = input<void>(qkv),
-                        .rows = input<int32_t>(rows),
-                        .rope = input<float>(rope),
-                        .q_cache = output<void>(q_cache),
-                        .k_cache = output<void>(k_cache),
-                        .v_cache = output<void>(v_cache),
-                        .q_old = output<void>(q_old),
-                        .k_old = output<void>(k_old)});
+                       cache_write_params(check.dtype(), qkv, rows, rope, capacity, q_cache,
+                                          k_cache, v_cache, q_old, k_old));
 }
 
 }  // namespace elastic_cache::ops

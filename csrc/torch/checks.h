@@ -96,6 +96,15 @@ class Checks {
          kv_heads);
   }
 
+  // What rotating rows at the positions of their slots needs.
+  void rope(int64_t head_dim, int64_t slots, int64_t capacity, int64_t positions) const {
+    that(head_dim % 2 == 0, "head_dim must be even, got ", head_dim);
+    that(capacity >= 1 && slots % capacity == 0, "capacity must be at least 1 and divide the ",
+         slots, " slots, got ", capacity);
+    that(positions >= capacity, "rope must have a row for each of ", capacity, " positions, got ",
+         positions);
+  }
+
   // Slots of one sequence, all sequences having equally many.
   int64_t capacity(int64_t slots, int64_t num_sequences) const {
     that(num_sequences > 0 ? slots % num_sequences == 0 : slots == 0,

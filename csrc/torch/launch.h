@@ -3,6 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "elastic_cache/types.h"
@@ -26,6 +27,18 @@ class CurrentStream {
   Stream stream_ = nullptr;
 };
 
+// Launches a kernel that needs a workspace; torch's allocator keeps it until the stream is past it.
+template <class Params>
+void launch_with_workspace(const torch::stable::Tensor& tensor, Params params,
+                           int64_t (*workspace_bytes)(const Params&),
+                           void (*kernel)(const Params&, Stream)) {
+  const CurrentStream stream(tensor);
+  const torch::stable::Tensor workspace = torch::stable::new_empty(
+      tensor, {workspace_bytes(params)}, torch::headeronly::ScalarType::Byte);
+  params.workspace = workspace.mutable_data_ptr();
+  kernel(params, stream);
+}
+
 #define ELASTIC_CACHE_LAUNCH(op, tensor, ...)        \
   do {                                               \
     if ((tensor).is_cuda()) {                        \
@@ -35,6 +48,18 @@ class CurrentStream {
     }                                                \
   } while (false)
 #else
+// Launches a kernel that needs a workspace; torch's allocator keeps it until the stream is past it.
+template <class Params>
+void launch_with_workspace(const torch::stable::Tensor& tensor, Params params,
+                           int64_t (*workspace_bytes)(const Params&),
+                           void (*kernel)(const Params&, Stream)) {
+  const CurrentStream stream(tensor);
+  const torch::stable::Tensor workspace = torch::stable::new_empty(
+      tensor, {workspace_bytes(params)}, torch::headeronly::ScalarType::Byte);
+  params.workspace = workspace.mutable_data_ptr();
+  kernel(params, stream);
+}
+
 #define ELASTIC_CACHE_LAUNCH(op, tensor, ...) op##_cpu(__VA_ARGS__)
 #endif
 

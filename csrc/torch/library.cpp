@@ -20,9 +20,9 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
       "window_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor rows, "
       "Tensor key_range, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "drift_statistics(Tensor q_cache, Tensor k_cache, Tensor? q_old, Tensor? k_old, "
-      "Tensor rows, Tensor segments, Tensor key_range, Tensor lse, float scale, "
-      "Tensor(a!) mass, Tensor(b!) similarity) -> ()");
+      "drift_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor? q_old, "
+      "Tensor? k_old, Tensor rows, Tensor segments, Tensor key_range, float scale, "
+      "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) mass, Tensor(d!) similarity) -> ()");
   m.def(
       "drift_decision(Tensor similarity, Tensor gamma, Tensor mass, Tensor masked, "
       "Tensor key_range, int layer, Tensor(a!) first_full_layer, Tensor(b!) tracked) -> ()");
@@ -32,6 +32,15 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
+      "project_qkv(Tensor(a!) residual, Tensor? delta, Tensor norm_weight, float eps, "
+      "Tensor weight, Tensor? bias, Tensor rows, Tensor rope, int capacity, "
+      "Tensor(b!)? x_cache, Tensor(c!) q_cache, Tensor(d!) k_cache, Tensor(e!) v_cache, "
+      "Tensor(f!)? q_old, Tensor(g!)? k_old, Tensor(h!) hidden, Tensor(i!) qkv) -> ()");
+  m.def(
+      "output_mlp(Tensor attention, Tensor out_weight, Tensor(a!) residual, Tensor norm_weight, "
+      "float eps, Tensor gate_up_weight, Tensor down_weight, Tensor(b!) hidden, "
+      "Tensor(c!) gate_up, Tensor(d!) activation, Tensor(e!) delta) -> ()");
+  m.def(
       "token_confidence(Tensor logits, Tensor? noise, Tensor(a!) token, "
       "Tensor(b!) confidence) -> ()");
   m.def(
@@ -40,17 +49,27 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
       "Tensor(d!) eos_position, Tensor(e!) status) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(elastic_cache, CPU, m) {
+// One function an op: it launches the kernel of the device its tensors are on.
+template <class Library>
+static void implement(Library& m) {
   namespace ops = elastic_cache::ops;
   m.impl("select_rows", TORCH_BOX(&ops::select_rows));
   m.impl("refresh_rows", TORCH_BOX(&ops::refresh_rows));
   m.impl("cache_write", TORCH_BOX(&ops::cache_write));
   m.impl("window_attention", TORCH_BOX(&ops::window_attention));
-  m.impl("drift_statistics", TORCH_BOX(&ops::drift_statistics));
+  m.impl("drift_attention", TORCH_BOX(&ops::drift_attention));
   m.impl("drift_decision", TORCH_BOX(&ops::drift_decision));
   m.impl("add_rms_norm", TORCH_BOX(&ops::add_rms_norm));
   m.impl("linear", TORCH_BOX(&ops::linear));
   m.impl("swiglu", TORCH_BOX(&ops::swiglu));
+  m.impl("project_qkv", TORCH_BOX(&ops::project_qkv));
+  m.impl("output_mlp", TORCH_BOX(&ops::output_mlp));
   m.impl("token_confidence", TORCH_BOX(&ops::token_confidence));
   m.impl("commit", TORCH_BOX(&ops::commit));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(elastic_cache, CPU, m) { implement(m); }
+
+#ifdef ELASTIC_CACHE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(elastic_cache, CUDA, m) { implement(m); }
+#endif

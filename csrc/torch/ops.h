@@ -25,11 +25,11 @@ void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor
                       const Tensor& rows, const Tensor& key_range, double scale, const Tensor& out,
                       const Tensor& lse);
 
-void drift_statistics(const Tensor& q_cache, const Tensor& k_cache,
-                      const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,
-                      const Tensor& rows, const Tensor& segments, const Tensor& key_range,
-                      const Tensor& lse, double scale, const Tensor& mass,
-                      const Tensor& similarity);
+void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
+                     const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,
+                     const Tensor& rows, const Tensor& segments, const Tensor& key_range,
+                     double scale, const Tensor& out, const Tensor& lse, const Tensor& mass,
+                     const Tensor& similarity);
 
 void drift_decision(const Tensor& similarity, const Tensor& gamma, const Tensor& mass,
                     const Tensor& masked, const Tensor& key_range, int64_t layer,
@@ -43,6 +43,18 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
             const Tensor& out);
 
 void swiglu(const Tensor& gate_up, const Tensor& out);
+
+void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
+                 const Tensor& norm_weight, double eps, const Tensor& weight,
+                 const std::optional<Tensor>& bias, const Tensor& rows, const Tensor& rope,
+                 int64_t capacity, const std::optional<Tensor>& x_cache, const Tensor& q_cache,
+                 const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& q_old,
+                 const std::optional<Tensor>& k_old, const Tensor& hidden, const Tensor& qkv);
+
+void output_mlp(const Tensor& attention, const Tensor& out_weight, const Tensor& residual,
+                const Tensor& norm_weight, double eps, const Tensor& gate_up_weight,
+                const Tensor& down_weight, const Tensor& hidden, const Tensor& gate_up,
+                const Tensor& activation, const Tensor& delta);
 
 void token_confidence(const Tensor& logits, const std::optional<Tensor>& noise, const Tensor& token,
                       const Tensor& confidence);

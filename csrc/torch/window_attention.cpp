@@ -2,6 +2,7 @@
 #include "elastic_cache/window_attention.h"
 
 #include "checks.h"
+#include "launch.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -32,20 +33,21 @@ void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor
 
   check.indices("rows", rows, slots);
   check.key_range(key_range, capacity);
-  window_attention_cpu({.dtype = check.dtype(),
-                        .num_rows = num_rows,
-                        .num_heads = heads,
-                        .num_kv_heads = kv_heads,
-                        .head_dim = head_dim,
-                        .capacity = capacity,
-                        .scale = static_cast<float>(scale),
-                        .q_cache = input<void>(q_cache),
-                        .k_cache = input<void>(k_cache),
-                        .v_cache = input<void>(v_cache),
-                        .rows = input<int32_t>(rows),
-                        .key_range = input<int32_t>(key_range),
-                        .out = output<void>(out),
-                        .lse = output<float>(lse)});
+  const WindowAttentionParams params{.dtype = check.dtype(),
+                                     .num_rows = num_rows,
+                                     .num_heads = heads,
+                                     .num_kv_heads = kv_heads,
+                                     .head_dim = head_dim,
+                                     .capacity = capacity,
+                                     .scale = static_cast<float>(scale),
+                                     .q_cache = input<void>(q_cache),
+                                     .k_cache = input<void>(k_cache),
+                                     .v_cache = input<void>(v_cache),
+                                     .rows = input<int32_t>(rows),
+                                     .key_range = input<int32_t>(key_range),
+                                     .out = output<void>(out),
+                                     .lse = output<float>(lse)};
+  ELASTIC_CACHE_LAUNCH_WITH_WORKSPACE(window_attention, out, params);
 }
 
 }  // namespace elastic_cache::ops

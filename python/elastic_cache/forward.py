@@ -154,25 +154,15 @@ class Forward:
         depth, drift = len(self._layers), plan.drift
         verdict = drift.first_full_layer.numpy() if drift and self._can_peek else None
         for index, layer in enumerate(self._layers):
-            self._norm_input(index, plan.rows, work)
             if verdict is not None and verdict.max() <= index:
+                self._store_input(index, plan.rows, work)
                 return index
-            self._project_qkv(index, plan.rows, work)
-            cached = self._cache.layers[index]
-            ops.window_attention(
-                cached.q,
-                cached.k,
-                cached.v,
-                plan.rows,
-                state.key_range,
-                self._scale,
-                work.attention,
-                work.lse,
-            )
-            if drift is not None:
-                self._test_drift(index, plan.rows, drift.row_segments, drift, state, work)
-            ops.linear(work.attention_flat, layer.attention_out, None, work.delta)
-            self._run_mlp(layer, work)
+            self._project_qkv(index, plan.rows, work, is_first=index == 0)
+            if drift is None:
+                self._attend(index, plan.rows, state, work)
+            else:
+                self._attend_and_test(index, plan.rows, drift.row_segments, drift, state, work)
+            self._finish_layer(layer, work.attention_flat, work)
         if drift is None or verdict is not None:
             return depth
         return int(drift.first_full_layer.min())
@@ -185,8 +175,7 @@ class Forward:
             if index == first and not plan.is_full:
                 assert cached.x is not None  # a plan that can fail caches inputs
                 work.residual.copy_(cached.x)
-            self._norm_input(index, self._all_slots, work, is_first=index == first)
-            self._project_qkv(index, self._all_slots, work)
+            self._project_qkv(index, self._all_slots, work, is_first=index == first)
             # [N, H, D] -> [1, H, N, D]: one sequence; torch's kernel, as the vendor's is fastest.
             q, k, v = (t.transpose(0, 1)[None] for t in (cached.q, cached.k, cached.v))
             out = F.scaled_dot_product_attention(
@@ -195,50 +184,77 @@ class Forward:
             attention = out[0].transpose(0, 1).reshape(work.attention_flat.shape)
             if plan.drift is not None:
                 self._track_full(index, plan, plan.drift, state)
-            ops.linear(attention, self._layers[index].attention_out, None, work.delta)
-            self._run_mlp(self._layers[index], work)
+            self._finish_layer(self._layers[index], attention, work)
 
-    def _norm_input(
-        self, index: int, rows: torch.Tensor, work: Workspace, is_first: bool | None = None
-    ) -> None:
-        """Adds the previous layer's output, stores the layer's input, normalises it."""
-        x_cache = self._cache.layers[index].x
-        starts_here = index == 0 if is_first is None else is_first
+    def _store_input(self, index: int, rows: torch.Tensor, work: Workspace) -> None:
+        """Adds the previous layer's output and stores the sum: where the full layers start."""
         ops.add_rms_norm(
             work.residual,
-            None if starts_here else work.delta,
+            work.delta,
             self._layers[index].attention_norm,
             self._eps,
             work.hidden,
-            None if x_cache is None else rows,
-            x_cache,
+            rows,
+            self._cache.layers[index].x,
         )
 
-    def _project_qkv(self, index: int, rows: torch.Tensor, work: Workspace) -> None:
-        """q, k, v of the rows into the cache; what they overwrite goes to q_old, k_old."""
+    def _project_qkv(
+        self, index: int, rows: torch.Tensor, work: Workspace, *, is_first: bool
+    ) -> None:
+        """Adds the previous layer's output, unless this layer is the first to run, stores the
+        layer's input, and writes q, k, v of the rows into the cache; what they overwrite goes to
+        q_old, k_old."""
         layer, cached = self._layers[index], self._cache.layers[index]
-        ops.linear(work.hidden, layer.qkv, layer.qkv_bias, work.qkv)
-        ops.cache_write(
-            work.qkv,
+        ops.project_qkv(
+            work.residual,
+            None if is_first else work.delta,
+            layer.attention_norm,
+            self._eps,
+            layer.qkv,
+            layer.qkv_bias,
             rows,
             self._weights.rope,
             self._cache.capacity,
+            cached.x,
             cached.q,
             cached.k,
             cached.v,
             work.q_old,
             work.k_old,
+            work.hidden,
+            work.qkv,
         )
 
-    def _run_mlp(self, layer: LayerMatrices, work: Workspace) -> None:
-        ops.add_rms_norm(
-            work.residual, work.delta, layer.mlp_norm, self._eps, work.hidden, None, None
+    def _finish_layer(self, layer: LayerMatrices, attention: torch.Tensor, work: Workspace) -> None:
+        """Output projection and feed-forward block; what the latter adds is left in `delta`."""
+        ops.output_mlp(
+            attention,
+            layer.attention_out,
+            work.residual,
+            layer.mlp_norm,
+            self._eps,
+            layer.gate_up,
+            layer.down,
+            work.hidden,
+            work.gate_up,
+            work.activation,
+            work.delta,
         )
-        ops.linear(work.hidden, layer.gate_up, None, work.gate_up)
-        ops.swiglu(work.gate_up, work.activation)
-        ops.linear(work.activation, layer.down, None, work.delta)
 
-    def _test_drift(
+    def _attend(self, index: int, rows: torch.Tensor, state: DecodeState, work: Workspace) -> None:
+        cached = self._cache.layers[index]
+        ops.window_attention(
+            cached.q,
+            cached.k,
+            cached.v,
+            rows,
+            state.key_range,
+            self._scale,
+            work.attention,
+            work.lse,
+        )
+
+    def _attend_and_test(
         self,
         index: int,
         rows: torch.Tensor,
@@ -248,16 +264,18 @@ class Forward:
         work: Workspace,
     ) -> None:
         cached = self._cache.layers[index]
-        ops.drift_statistics(
+        ops.drift_attention(
             cached.q,
             cached.k,
+            cached.v,
             work.q_old,
             work.k_old,
             rows,
             segments,
             state.key_range,
-            work.lse,
             self._scale,
+            work.attention,
+            work.lse,
             drift.mass,
             drift.similarity,
         )
@@ -275,18 +293,7 @@ class Forward:
     def _track_full(self, index: int, plan: Plan, drift: DriftTest, state: DecodeState) -> None:
         """Tracked-token choice of a full layer: attention of the window's rows once more.
 
-        torch's attention keeps no log-sum-exp; W rows beside all of them cost a few per cent.
+        torch's attention keeps no weights; W rows beside all of them cost a few per cent.
         """
-        cached, num_rows = self._cache.layers[index], plan.candidates.numel()
-        work = self._workspace.rows(num_rows)
-        ops.window_attention(
-            cached.q,
-            cached.k,
-            cached.v,
-            plan.candidates,
-            state.key_range,
-            self._scale,
-            work.attention,
-            work.lse,
-        )
-        self._test_drift(index, plan.candidates, drift.window_segments, drift, state, work)
+        work = self._workspace.rows(plan.candidates.numel())
+        self._attend_and_test(index, plan.candidates, drift.window_segments, drift, state, work)

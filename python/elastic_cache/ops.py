@@ -1,7 +1,7 @@
-"""The native operators, one thin function each; nothing else touches `torch.ops.elastic_cache`.
+"""The native operators, one thin function each; nothing else calls them.
 
 Every op writes into tensors it is given and returns nothing, so a step allocates nothing and its
-addresses never change. Importing this module loads the shared object that registers the ops.
+addresses never change. Importing this module loads the shared object, see native.py.
 
 Letters in the docstrings, as in csrc/include/elastic_cache/types.h:
 
@@ -25,61 +25,23 @@ paper below, and Fast-dLLM (arXiv 2505.22618).
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 from torch import Tensor
 
+from elastic_cache.native import kernel
 
-def _load() -> None:
-    """Load the shared object beside this file; it registers schemas and kernels."""
-    path = Path(__file__).parent / "_ops.abi3.so"
-    if not path.exists():
-        raise ImportError(
-            f"elastic_cache: the native operators are not built ({path} is missing): run "
-            "`pip install --no-build-isolation -e .` in the checkout"
-        )
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        raise ImportError(
-            f"elastic_cache: the native operators do not load with torch {torch.__version__} "
-            f"({error}): run `pip install --no-build-isolation -e .` in the checkout again"
-        ) from error
-
-
-def _fake(*args: object) -> None:
-    """The kernel of every op on tensors without data: outputs are given, nothing to shape."""
-
-
-_load()
-_ops = torch.ops.elastic_cache
-_select_rows = _ops.select_rows.default
-_refresh_rows = _ops.refresh_rows.default
-_cache_write = _ops.cache_write.default
-_window_attention = _ops.window_attention.default
-_drift_statistics = _ops.drift_statistics.default
-_drift_decision = _ops.drift_decision.default
-_add_rms_norm = _ops.add_rms_norm.default
-_linear = _ops.linear.default
-_swiglu = _ops.swiglu.default
-_token_confidence = _ops.token_confidence.default
-_commit = _ops.commit.default
-
-for _op in (
-    _select_rows,
-    _refresh_rows,
-    _cache_write,
-    _window_attention,
-    _drift_statistics,
-    _drift_decision,
-    _add_rms_norm,
-    _linear,
-    _swiglu,
-    _token_confidence,
-    _commit,
-):
-    torch.library.register_fake(_op, _fake)
+_select_rows = kernel("select_rows")
+_refresh_rows = kernel("refresh_rows")
+_cache_write = kernel("cache_write")
+_window_attention = kernel("window_attention")
+_drift_attention = kernel("drift_attention")
+_drift_decision = kernel("drift_decision")
+_add_rms_norm = kernel("add_rms_norm")
+_linear = kernel("linear")
+_swiglu = kernel("swiglu")
+_project_qkv = kernel("project_qkv")
+_output_mlp = kernel("output_mlp")
+_token_confidence = kernel("token_confidence")
+_commit = kernel("commit")
 
 
 def select_rows(
@@ -208,20 +170,23 @@ def window_attention(
     _window_attention(q_cache, k_cache, v_cache, rows, key_range, scale, out, lse)
 
 
-def drift_statistics(
+def drift_attention(
     q_cache: Tensor,
     k_cache: Tensor,
+    v_cache: Tensor,
     q_old: Tensor | None,
     k_old: Tensor | None,
     rows: Tensor,
     segments: Tensor,
     key_range: Tensor,
-    lse: Tensor,
     scale: float,
+    out: Tensor,
+    lse: Tensor,
     mass: Tensor,
     similarity: Tensor,
 ) -> None:
-    """How much attention every key gets from the window, and how far attention has drifted.
+    """`window_attention`; also how much attention every key gets from the window, and how far
+    attention has drifted.
 
     mass[s, k] sums the attention of all heads and window rows to key k; similarity[s] is the mean
     over (tracked row, key) of the cosine, over the HEAD axis, between the attention weights
@@ -230,13 +195,15 @@ def drift_statistics(
     Args:
         q_cache: model [N, H, D], after this layer's rows were written.
         k_cache: model [N, Hkv, D], likewise.
+        v_cache: model [N, Hkv, D], likewise.
         q_old: model [R, H, D], the overwritten queries; None when no sequence has tracked rows.
         k_old: model [R, Hkv, D], the overwritten keys; None likewise.
         rows: int32 [R].
         segments: int32 [S, 5].
         key_range: int32 [S, 2].
-        lse: float32 [R, H], from `window_attention` of the same rows.
-        scale: as given to `window_attention`.
+        scale: factor of the scores, usually 1 / sqrt(D).
+        out: out, model [R, H, D], as `window_attention` gives it.
+        lse: out, float32 [R, H], likewise.
         mass: out, float32 [S, C]; 0 outside of the key range.
         similarity: out, float64 [S].
 
@@ -245,9 +212,10 @@ def drift_statistics(
 
     Source: the paper's drift test and most-attended token, as its code computes them.
     """
-    _drift_statistics(
-        q_cache, k_cache, q_old, k_old, rows, segments, key_range, lse, scale, mass, similarity
-    )
+    _drift_attention(
+        q_cache, k_cache, v_cache, q_old, k_old, rows, segments, key_range, scale, out, lse,
+        mass, similarity,
+    )  # fmt: skip
 
 
 def drift_decision(
@@ -341,6 +309,97 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     Source: "GLU Variants Improve Transformer" (arXiv 2002.05202).
     """
     _swiglu(gate_up, out)
+
+
+def project_qkv(
+    residual: Tensor,
+    delta: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    rope: Tensor,
+    capacity: int,
+    x_cache: Tensor | None,
+    q_cache: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_old: Tensor | None,
+    k_old: Tensor | None,
+    hidden: Tensor,
+    qkv: Tensor,
+) -> None:
+    """Recompute q, k, v of a layer's rows: the bits of `add_rms_norm`, `linear`, `cache_write`.
+
+    Args:
+        residual: in and out, model [R, d]; `delta` is added to it.
+        delta: model [R, d], or None.
+        norm_weight: model [d].
+        eps: as in `add_rms_norm`.
+        weight: model [d, (H + 2 Hkv) * D]; rows may be any distance apart.
+        bias: model [(H + 2 Hkv) * D], or None.
+        rows: int32 [R].
+        rope: float32 [at least C, D], as `cache_write` takes it.
+        capacity: C; position = slot % C.
+        x_cache: in and out, model [N, d], gets the new residual of the rows; or None.
+        q_cache: in and out, model [N, H, D].
+        k_cache: in and out, model [N, Hkv, D].
+        v_cache: in and out, model [N, Hkv, D].
+        q_old: out, model [R, H, D], the overwritten queries; or None.
+        k_old: out, model [R, Hkv, D], the overwritten keys; or None.
+        hidden: out, model [R, d], the normalised residual.
+        qkv: out, model [R, (H + 2 Hkv) * D], before the rotation.
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: the paper's depth-selective recomputation, for a row list or all rows of a layer.
+    """
+    _project_qkv(
+        residual, delta, norm_weight, eps, weight, bias, rows, rope, capacity, x_cache, q_cache,
+        k_cache, v_cache, q_old, k_old, hidden, qkv,
+    )  # fmt: skip
+
+
+def output_mlp(
+    attention: Tensor,
+    out_weight: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    hidden: Tensor,
+    gate_up: Tensor,
+    activation: Tensor,
+    delta: Tensor,
+) -> None:
+    """From attention to the end of a layer: the bits of `linear`, `add_rms_norm`, `linear`,
+    `swiglu` and `linear`. F is the width of the feed-forward block.
+
+    Args:
+        attention: model [R, H * D].
+        out_weight: model [H * D, d]; rows of the three matrices may be any distance apart.
+        residual: in and out, model [R, d]; gets the projected attention added.
+        norm_weight: model [d].
+        eps: added to the mean square.
+        gate_up_weight: model [d, 2F], gate, then up.
+        down_weight: model [F, d].
+        hidden: out, model [R, d], the normalised residual.
+        gate_up: out, model [R, 2F].
+        activation: out, model [R, F].
+        delta: out, model [R, d], what the feed-forward block adds; not yet in `residual`.
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: the second half of a LLaDA block (arXiv 2502.09992).
+    """
+    _output_mlp(
+        attention, out_weight, residual, norm_weight, eps, gate_up_weight, down_weight, hidden,
+        gate_up, activation, delta,
+    )  # fmt: skip
 
 
 def token_confidence(

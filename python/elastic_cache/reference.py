@@ -121,18 +121,40 @@ def window_attention(
         lse[mine] = row_lse.to(lse.dtype)
 
 
-def drift_statistics(
+def drift_attention(
     q_cache: Tensor,  # [N, H, D]
     k_cache: Tensor,  # [N, Hkv, D]
+    v_cache: Tensor,  # [N, Hkv, D]
     q_old: Tensor | None,  # [R, H, D]
     k_old: Tensor | None,  # [R, Hkv, D]
     rows: Tensor,  # [R] int32 slots, -1 = skip
     segments: Tensor,  # [S, 5] int32
     key_range: Tensor,  # [S, 2] int32
-    lse: Tensor,  # [R, H] float32
     scale: float,
+    out: Tensor,  # [R, H, D] out
+    lse: Tensor,  # [R, H] float32 out
     mass: Tensor,  # [S, C] float32 out
     similarity: Tensor,  # [S] float64 out
+) -> None:
+    """`window_attention`, then the statistics of the same weights."""
+    window_attention(q_cache, k_cache, v_cache, rows, key_range, scale, out, lse)
+    _drift_statistics(
+        q_cache, k_cache, q_old, k_old, rows, segments, key_range, lse, scale, mass, similarity
+    )
+
+
+def _drift_statistics(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    q_old: Tensor | None,
+    k_old: Tensor | None,
+    rows: Tensor,
+    segments: Tensor,
+    key_range: Tensor,
+    lse: Tensor,
+    scale: float,
+    mass: Tensor,
+    similarity: Tensor,
 ) -> None:
     """Per sequence: attention mass of every key, and how far tracked rows drifted since last step.
 
@@ -220,6 +242,53 @@ def swiglu(
     gate, up = gate_up.chunk(2, dim=-1)
     wide = _wide(gate)
     out.copy_((wide * wide.sigmoid()).to(gate.dtype) * up)
+
+
+def project_qkv(
+    residual: Tensor,  # [R, d] in and out
+    delta: Tensor | None,  # [R, d]
+    norm_weight: Tensor,  # [d]
+    eps: float,
+    weight: Tensor,  # [d, (H + 2 Hkv) * D]
+    bias: Tensor | None,  # [(H + 2 Hkv) * D]
+    rows: Tensor,  # [R] int32 slots, -1 = skip
+    rope: Tensor,  # [positions, D] float32: D/2 cosines, then D/2 sines
+    capacity: int,
+    x_cache: Tensor | None,  # [N, d] in and out
+    q_cache: Tensor,  # [N, H, D] in and out
+    k_cache: Tensor,  # [N, Hkv, D] in and out
+    v_cache: Tensor,  # [N, Hkv, D] in and out
+    q_old: Tensor | None,  # [R, H, D] out
+    k_old: Tensor | None,  # [R, Hkv, D] out
+    hidden: Tensor,  # [R, d] out
+    qkv: Tensor,  # [R, (H + 2 Hkv) * D] out
+) -> None:
+    """From the residual to q, k, v in the cache."""
+    stored = None if x_cache is None else rows
+    add_rms_norm(residual, delta, norm_weight, eps, hidden, stored, x_cache)
+    linear(hidden, weight, bias, qkv)
+    cache_write(qkv, rows, rope, capacity, q_cache, k_cache, v_cache, q_old, k_old)
+
+
+def output_mlp(
+    attention: Tensor,  # [R, H * D]
+    out_weight: Tensor,  # [H * D, d]
+    residual: Tensor,  # [R, d] in and out
+    norm_weight: Tensor,  # [d]
+    eps: float,
+    gate_up_weight: Tensor,  # [d, 2F]: gate, then up
+    down_weight: Tensor,  # [F, d]
+    hidden: Tensor,  # [R, d] out
+    gate_up: Tensor,  # [R, 2F] out
+    activation: Tensor,  # [R, F] out
+    delta: Tensor,  # [R, d] out
+) -> None:
+    """From attention to what the feed-forward block adds to the residual."""
+    linear(attention, out_weight, None, delta)
+    add_rms_norm(residual, delta, norm_weight, eps, hidden, None, None)
+    linear(hidden, gate_up_weight, None, gate_up)
+    swiglu(gate_up, activation)
+    linear(activation, down_weight, None, delta)
 
 
 def token_confidence(

@@ -9,7 +9,7 @@
 #include "elastic_cache/cache_write.h"
 #include "elastic_cache/commit.h"
 #include "elastic_cache/drift_decision.h"
-#include "elastic_cache/drift_statistics.h"
+#include "elastic_cache/drift_attention.h"
 #include "elastic_cache/refresh_rows.h"
 #include "elastic_cache/select_rows.h"
 #include "elastic_cache/swiglu.h"
@@ -40,12 +40,12 @@ void run_empty_problems() {
       {.num_rows = 0, .num_heads = 2, .num_kv_heads = 1, .head_dim = 8, .capacity = 4});
   ec::window_attention_cpu(
       {.num_rows = 0, .num_heads = 2, .num_kv_heads = 1, .head_dim = 8, .capacity = 4});
-  ec::drift_statistics_cpu({.num_sequences = 0,
-                            .num_rows = 0,
-                            .num_heads = 2,
-                            .num_kv_heads = 1,
-                            .head_dim = 8,
-                            .capacity = 4});
+  ec::drift_attention_cpu({.num_sequences = 0,
+                           .num_rows = 0,
+                           .num_heads = 2,
+                           .num_kv_heads = 1,
+                           .head_dim = 8,
+                           .capacity = 4});
   ec::drift_decision_cpu({.num_sequences = 0, .capacity = 4, .track_num = 1});
   ec::swiglu_cpu({.num_rows = 0, .width = 8});
   ec::token_confidence_cpu({.num_rows = 0, .vocab_size = 8});

@@ -1,7 +1,7 @@
-// window_attention and drift_statistics on a GPU against float64 on the CPU, then their times.
+// window_attention and drift_attention on a GPU against float64 on the CPU, then their times.
 //
 //   nvcc -O3 -std=c++20 -Icsrc/include -Icsrc/cuda -arch=native -o probe
-//     tests/cuda/attention_probe.cu csrc/cuda/window_attention.cu csrc/cuda/drift_statistics.cu
+//     tests/cuda/attention_probe.cu csrc/cuda/window_attention.cu csrc/cuda/drift_attention.cu
 //   ./probe          correctness, then the table      ./probe check     correctness alone
 //
 // Rule: error <= 2 x the error that rounding the inputs to the dtype makes in float64, plus noise
@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "attention_case.h"
-#include "elastic_cache/drift_statistics.h"
+#include "elastic_cache/drift_attention.h"
 #include "elastic_cache/window_attention.h"
 
 using namespace elastic_cache;
@@ -87,7 +87,7 @@ std::vector<double> download(DType dtype, const Buffer& x) {
 // Parameters of both operators over device memory of the caller.
 struct Op {
   WindowAttentionParams attention{};
-  DriftStatisticsParams drift{};
+  DriftAttentionParams drift{};
 };
 
 Op make_op(const Shape& shape, int num_sequences, int num_rows, int capacity) {
@@ -132,10 +132,10 @@ Result run(const Case& c, int num_rows) {
   if (has_tracked) d.q_old = q_old.as<void>(), d.k_old = k_old.as<void>();
   d.segments = segments.as<int32_t>(), d.lse = a.lse;
   d.mass = mass.as<float>(), d.similarity = similarity.as<double>();
-  const Buffer drift_space(static_cast<size_t>(drift_statistics_workspace(d)));
+  const Buffer drift_space(static_cast<size_t>(drift_attention_workspace(d)));
   d.workspace = drift_space.as<void>();
   window_attention_cuda(a, nullptr);
-  if (is_whole) drift_statistics_cuda(d, nullptr);
+  if (is_whole) drift_attention_cuda(d, nullptr);
   CHECK(cudaDeviceSynchronize());
   Result result;
   result.out = download(shape.dtype, out);
@@ -256,7 +256,7 @@ double median_microseconds(const std::vector<Op>& ops, bool has_attention, bool 
   CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
   for (const Op& op : ops) {
     if (has_attention) window_attention_cuda(op.attention, stream);
-    if (has_drift) drift_statistics_cuda(op.drift, stream);
+    if (has_drift) drift_attention_cuda(op.drift, stream);
   }
   CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&instance, graph, 0));
@@ -306,7 +306,7 @@ void time_shape(int num_keys, int num_rows) {
   Op op = make_op({DType::kBFloat16, kHeads, kHeads, kDim, {}}, 1, num_rows, num_keys);
   op.drift.max_tracked = tracked;
   const Buffer attention_space(static_cast<size_t>(window_attention_workspace(op.attention)));
-  const Buffer drift_space(static_cast<size_t>(drift_statistics_workspace(op.drift)));
+  const Buffer drift_space(static_cast<size_t>(drift_attention_workspace(op.drift)));
   const Buffer out(num * width * 2), lse(num * kHeads * 4), mass(keys * 4), similarity(8);
   std::vector<Layer> layers;
   std::vector<Op> ops;

@@ -97,7 +97,7 @@ def test_cache_write_rotates_by_the_position(rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_drift_statistics_is_cosine_over_heads(rng: torch.Generator, num_kv_heads: int) -> None:
+def test_drift_attention_is_cosine_over_heads(rng: torch.Generator, num_kv_heads: int) -> None:
     """As the published code has it: a copy of K before the write, and softmaxes in full."""
     length, scale, group = 15, 0.4, H // num_kv_heads
     q_before, k_before = random(rng, length, H, D), random(rng, length, num_kv_heads, D)
@@ -111,12 +111,13 @@ def test_drift_statistics_is_cosine_over_heads(rng: torch.Generator, num_kv_head
         return (scale * q[rows].transpose(0, 1) @ keys.mT).softmax(-1)  # [H, rows, T]
 
     key_range, lse = int32([[0, length]]), torch.empty(7, H, dtype=FLOAT)
-    reference.window_attention(q, k, k, rows, key_range, scale, torch.empty(7, H, D), lse)
+    out = torch.empty(7, H, D, dtype=FLOAT)
     mass, similarity = random(rng, 1, length), random(rng, 1)
     q_old, k_old = torch.zeros(7, H, D, dtype=FLOAT), torch.zeros(7, num_kv_heads, D, dtype=FLOAT)
     q_old[:6], k_old[:6] = q_before[kept], k_before[kept]
-    reference.drift_statistics(
-        q, k, q_old, k_old, rows, int32([[0, 2, 1, 2, 1]]), key_range, lse, scale, mass, similarity
+    segments = int32([[0, 2, 1, 2, 1]])
+    reference.drift_attention(
+        q, k, k, q_old, k_old, rows, segments, key_range, scale, out, lse, mass, similarity
     )
     p_old, p_new = weights(q_before, k_before, kept[:2]), weights(q, k, kept[:2])
     expected = F.cosine_similarity(p_old, p_new, dim=0).mean()

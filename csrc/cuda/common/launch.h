@@ -25,8 +25,8 @@ void with_dtype(DType dtype, const F& f) {
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(kernel) + ": the kernel could not be launched: " +
-                             cudaGetErrorString(error));
+    throw std::runtime_error(std::string(kernel) +
+                             ": the kernel could not be launched: " + cudaGetErrorString(error));
   }
 }
 

@@ -1,4 +1,4 @@
-// Column mass of the window rows and the cosine over heads, old against new (drift_statistics.h).
+// window_attention, then column mass of the window rows and the cosine over heads, old against new.
 //
 // K is read once, by blocks of 128 keys and one head; two kernels:
 //   scan     scores of all lanes (window rows, tracked rows, tracked rows as they were) against the
@@ -12,7 +12,7 @@
 // The subtle thing: old queries must see the keys as they were. Rows put back lie in a second tile
 // in shared memory, and a matrix load takes each row from whichever tile has it.
 // Every sum has one order, fixed by the sizes; the only atomic counts finished blocks.
-#include "elastic_cache/drift_statistics.h"
+#include "elastic_cache/drift_attention.h"
 
 #include <algorithm>
 #include <cmath>
@@ -22,7 +22,8 @@
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
-#include "drift_statistics_plain.cuh"
+#include "drift_attention_plain.cuh"
+#include "elastic_cache/window_attention.h"
 
 namespace elastic_cache {
 namespace cuda::drift {
@@ -56,7 +57,7 @@ struct alignas(16) ScanShared {
 template <int D>
 class Scan {
  public:
-  __device__ Scan(const DriftStatisticsParams& p, const Workspace& w, const Sequence& q,
+  __device__ Scan(const DriftAttentionParams& p, const Workspace& w, const Sequence& q,
                   ScanShared<D>& sh)
       : p_(p),
         w_(w),
@@ -253,7 +254,7 @@ class Scan {
     return (q_.first_tracked + tracked) * p_.num_heads + head_;
   }
 
-  const DriftStatisticsParams& p_;
+  const DriftAttentionParams& p_;
   const Workspace& w_;
   const Sequence& q_;
   ScanShared<D>& sh_;
@@ -266,7 +267,7 @@ class Scan {
 
 template <int D>
 __global__ void __launch_bounds__(kScanThreads, 2)
-    drift_scan_kernel(const DriftStatisticsParams p, const Workspace w) {
+    drift_scan_kernel(const DriftAttentionParams p, const Workspace w) {
   extern __shared__ __align__(16) unsigned char memory[];
   if (!begin_scan(p, w)) return;
   const Sequence q(p, w, static_cast<int>(blockIdx.z));
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 // ---- Comparison: a thread a key ----
 
 // Old log-sum-exp (base 2) of every head, four threads a head.
-__device__ inline void join_blocks(const DriftStatisticsParams& p, const Workspace& w,
+__device__ inline void join_blocks(const DriftAttentionParams& p, const Workspace& w,
                                    const Sequence& q, int64_t tracked, float* old_lse) {
   const int quarter = static_cast<int>(threadIdx.x) % 4;
   const int num_heads = static_cast<int>(p.num_heads);
@@ -320,7 +321,7 @@ __device__ inline void join_blocks(const DriftStatisticsParams& p, const Workspa
   __syncthreads();
 }
 
-__device__ inline float cosine_at(const DriftStatisticsParams& p, const Workspace& w,
+__device__ inline float cosine_at(const DriftAttentionParams& p, const Workspace& w,
                                   int64_t tracked, int position, const float* old_lse) {
   const int num_heads = static_cast<int>(p.num_heads);
   const int64_t start = tracked * p.num_heads * p.capacity + position;
@@ -345,7 +346,7 @@ __device__ inline float cosine_at(const DriftStatisticsParams& p, const Workspac
   return dot / (fmaxf(sqrtf(old_square), kMinNorm) * fmaxf(sqrtf(recent_square), kMinNorm));
 }
 
-__device__ inline void add_heads(const DriftStatisticsParams& p, const Workspace& w,
+__device__ inline void add_heads(const DriftAttentionParams& p, const Workspace& w,
                                  const Sequence& q, int position) {
   if (position >= p.capacity) return;
   const float* from = w.mass + q.index * p.capacity + position;
@@ -360,8 +361,8 @@ __device__ inline void add_heads(const DriftStatisticsParams& p, const Workspace
 }
 
 // The cosines of a sequence, all of them written, -> its similarity. Called by a whole block.
-__device__ inline void finish(const DriftStatisticsParams& p, const Workspace& w,
-                              const Sequence& q, double* reduced) {
+__device__ inline void finish(const DriftAttentionParams& p, const Workspace& w, const Sequence& q,
+                              double* reduced) {
   int tracked = 0;
   for (int i = static_cast<int>(threadIdx.x); i < q.num_tracked; i += kBlockKeys) {
     tracked += p.rows[q.begin + i] >= 0 ? 1 : 0;
@@ -386,7 +387,7 @@ __device__ inline void finish(const DriftStatisticsParams& p, const Workspace& w
 
 // blockIdx.y: tracked rows y, y + rows_per_pass, ...; the last one adds masses.
 __global__ void __launch_bounds__(kBlockKeys, 4)
-    drift_compare_kernel(const DriftStatisticsParams p, const Workspace w) {
+    drift_compare_kernel(const DriftAttentionParams p, const Workspace w) {
   extern __shared__ float old_lse[];  // [H]
   __shared__ double reduced[kBlockKeys / kWarpSize];
   __shared__ bool is_last;
@@ -398,14 +399,13 @@ __global__ void __launch_bounds__(kBlockKeys, 4)
     add_heads(p, w, q, position);
     return;
   }
-  const bool has_any = max(q.first_key, key_block * kBlockKeys) <
-                       min(q.end_key, (key_block + 1) * kBlockKeys);
+  const bool has_any =
+      max(q.first_key, key_block * kBlockKeys) < min(q.end_key, (key_block + 1) * kBlockKeys);
   for (int i = static_cast<int>(blockIdx.y); has_any && i < q.num_tracked; i += rows_per_pass) {
     if (p.rows[q.begin + i] < 0) continue;
     const int64_t tracked = q.first_tracked + i;
     join_blocks(p, w, q, tracked, old_lse);
-    const float cosine =
-        q.has_key(position) ? cosine_at(p, w, tracked, position, old_lse) : 0.0f;
+    const float cosine = q.has_key(position) ? cosine_at(p, w, tracked, position, old_lse) : 0.0f;
     const double total = block_sum(static_cast<double>(cosine), reduced);
     if (threadIdx.x == 0) w.cosines[tracked * w.num_key_blocks + key_block] = total;
   }
@@ -422,21 +422,21 @@ __global__ void __launch_bounds__(kBlockKeys, 4)
 
 template <class Kernel>
 void launch_scan(Kernel* kernel, int num_threads, int64_t shared_bytes,
-                 const DriftStatisticsParams& p, const Workspace& w, Stream stream) {
+                 const DriftAttentionParams& p, const Workspace& w, Stream stream) {
   const dim3 grid(static_cast<unsigned int>(w.num_key_blocks),
                   static_cast<unsigned int>(p.num_heads),
                   static_cast<unsigned int>(p.num_sequences));
-  allow_shared(kernel, shared_bytes, "drift_statistics");
+  allow_shared(kernel, shared_bytes, "drift_attention");
   kernel<<<grid, num_threads, static_cast<size_t>(shared_bytes), stream>>>(p, w);
-  check_launch("drift_statistics");
+  check_launch("drift_attention");
 }
 
 template <int D>
-void launch_tensor_core_scan(const DriftStatisticsParams& p, const Workspace& w, Stream stream) {
+void launch_tensor_core_scan(const DriftAttentionParams& p, const Workspace& w, Stream stream) {
   launch_scan(drift_scan_kernel<D>, kScanThreads, sizeof(ScanShared<D>), p, w, stream);
 }
 
-bool has_tensor_core_form(const DriftStatisticsParams& p) {
+bool has_tensor_core_form(const DriftAttentionParams& p) {
   const auto fits = [&](const void* x) { return are_vectors<bf16>({x}, {p.head_dim}); };
   return p.dtype == DType::kBFloat16 &&
          (p.head_dim == 32 || p.head_dim == 64 || p.head_dim == 128) && fits(p.q_cache) &&
@@ -444,7 +444,7 @@ bool has_tensor_core_form(const DriftStatisticsParams& p) {
 }
 
 template <class T>
-void scan(const DriftStatisticsParams& p, const Workspace& w, Stream stream) {
+void scan(const DriftAttentionParams& p, const Workspace& w, Stream stream) {
   if (!has_tensor_core_form(p)) {
     const int64_t floats = kBlockKeys * (p.head_dim + 1) + p.head_dim;
     launch_scan(drift_plain_scan_kernel<T>, kBlockKeys,
@@ -461,26 +461,49 @@ void scan(const DriftStatisticsParams& p, const Workspace& w, Stream stream) {
 }  // namespace
 }  // namespace cuda::drift
 
-int64_t drift_statistics_workspace(const DriftStatisticsParams& params) {
-  cuda::drift::Workspace w;
-  return cuda::drift::lay_out(params, nullptr, &w);
+namespace {
+
+WindowAttentionParams attention_of(const DriftAttentionParams& p) {
+  return {.dtype = p.dtype,
+          .num_rows = p.num_rows,
+          .num_heads = p.num_heads,
+          .num_kv_heads = p.num_kv_heads,
+          .head_dim = p.head_dim,
+          .capacity = p.capacity,
+          .scale = p.scale,
+          .q_cache = p.q_cache,
+          .k_cache = p.k_cache,
+          .v_cache = p.v_cache,
+          .rows = p.rows,
+          .key_range = p.key_range,
+          .out = p.out,
+          .lse = p.lse,
+          .workspace = p.workspace};
 }
 
-void drift_statistics_cuda(const DriftStatisticsParams& params, Stream stream) {
+}  // namespace
+
+// The attention is done with the workspace when the statistics begin.
+int64_t drift_attention_workspace(const DriftAttentionParams& params) {
+  cuda::drift::Workspace w;
+  return std::max(window_attention_workspace(attention_of(params)),
+                  cuda::drift::lay_out(params, nullptr, &w));
+}
+
+void drift_attention_cuda(const DriftAttentionParams& params, Stream stream) {
   if (params.num_sequences == 0 || params.num_heads == 0) return;
+  window_attention_cuda(attention_of(params), stream);
   cuda::drift::Workspace w;
   cuda::drift::lay_out(params, params.workspace, &w);
-  cuda::with_dtype(params.dtype, [&](auto zero) {
-    cuda::drift::scan<decltype(zero)>(params, w, stream);
-  });
+  cuda::with_dtype(params.dtype,
+                   [&](auto zero) { cuda::drift::scan<decltype(zero)>(params, w, stream); });
   const int64_t rows = std::clamp<int64_t>(w.max_tracked, 1, cuda::kDriftRowBlocks);
-  const dim3 grid(static_cast<unsigned int>(w.num_key_blocks),
-                  static_cast<unsigned int>(rows + 1),
+  const dim3 grid(static_cast<unsigned int>(w.num_key_blocks), static_cast<unsigned int>(rows + 1),
                   static_cast<unsigned int>(params.num_sequences));
   const auto shared_bytes = static_cast<size_t>(params.num_heads) * sizeof(float);
   cuda::drift::drift_compare_kernel<<<grid, cuda::drift::kBlockKeys, shared_bytes, stream>>>(params,
-                                                                                            w);
-  cuda::check_launch("drift_statistics");
+                                                                                             w);
+  cuda::check_launch("drift_attention");
 }
 
 }  // namespace elastic_cache

@@ -1,4 +1,4 @@
-// What the kernels of drift_statistics share: the workspace, what a block knows of its sequence;
+// What the kernels of drift_attention share: the workspace, what a block knows of its sequence;
 // and the plain form of the scan, for any dtype and even head_dim: a thread a key, lanes in turn.
 // It is the kernel to read first, and the one float32 uses.
 #pragma once
@@ -9,7 +9,7 @@
 #include "common/heuristics.h"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
-#include "elastic_cache/drift_statistics.h"
+#include "elastic_cache/drift_attention.h"
 
 namespace elastic_cache::cuda::drift {
 
@@ -28,16 +28,16 @@ struct Workspace {
   int num_key_blocks;
 };
 
-inline int64_t num_key_blocks(const DriftStatisticsParams& p) {
+inline int64_t num_key_blocks(const DriftAttentionParams& p) {
   return std::max<int64_t>((p.capacity + kBlockKeys - 1) / kBlockKeys, 1);
 }
 
-inline int64_t max_tracked(const DriftStatisticsParams& p) {
+inline int64_t max_tracked(const DriftAttentionParams& p) {
   return p.max_tracked > 0 ? std::min(p.max_tracked, p.num_rows) : p.num_rows;
 }
 
 // Lays the arrays out from `memory` on, widest elements first; returns the bytes they take.
-inline int64_t lay_out(const DriftStatisticsParams& p, void* memory, Workspace* w) {
+inline int64_t lay_out(const DriftAttentionParams& p, void* memory, Workspace* w) {
   const int64_t tracked = max_tracked(p), blocks = num_key_blocks(p), heads = p.num_heads;
   auto* at = static_cast<unsigned char*>(memory);
   int64_t bytes = 0;
@@ -59,17 +59,17 @@ inline int64_t lay_out(const DriftStatisticsParams& p, void* memory, Workspace* 
 // What a block has to know about its sequence.
 struct Sequence {
   int index;
-  int begin;        // tracked rows: begin .. begin + num_tracked - 1
+  int begin;  // tracked rows: begin .. begin + num_tracked - 1
   int num_tracked;
-  int window;       // window rows: window .. window + num_window - 1
+  int window;  // window rows: window .. window + num_window - 1
   int num_window;
-  int end;          // of all its rows
+  int end;  // of all its rows
   int first_key;
   int end_key;
   int first_tracked;  // tracked rows of the sequences before
   bool fits;          // whether the workspace has room for the tracked rows
 
-  __device__ Sequence(const DriftStatisticsParams& p, const Workspace& w, int s) : index(s) {
+  __device__ Sequence(const DriftAttentionParams& p, const Workspace& w, int s) : index(s) {
     const int32_t* segment = p.segments + s * kSegmentColumns;
     begin = segment[kSegmentBegin];
     num_tracked = segment[kSegmentTracked];
@@ -97,7 +97,7 @@ struct Sequence {
 };
 
 // The row that wrote each of a block's keys, or -1. Contains barriers.
-__device__ inline void find_overwritten(const DriftStatisticsParams& p, const Sequence& q,
+__device__ inline void find_overwritten(const DriftAttentionParams& p, const Sequence& q,
                                         int first_position, int (&overwritten_by)[kBlockKeys]) {
   for (int k = static_cast<int>(threadIdx.x); k < kBlockKeys; k += static_cast<int>(blockDim.x)) {
     overwritten_by[k] = -1;
@@ -113,7 +113,7 @@ __device__ inline void find_overwritten(const DriftStatisticsParams& p, const Se
 }
 
 // Whether a block of keys has any; the first block of a sequence also starts its count.
-__device__ inline bool begin_scan(const DriftStatisticsParams& p, const Workspace& w) {
+__device__ inline bool begin_scan(const DriftAttentionParams& p, const Workspace& w) {
   const int s = static_cast<int>(blockIdx.z), first = static_cast<int>(blockIdx.x) * kBlockKeys;
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) w.finished[s] = 0;
   return max(p.key_range[2 * s], first) < min(p.key_range[2 * s + 1], first + kBlockKeys);
@@ -121,7 +121,7 @@ __device__ inline bool begin_scan(const DriftStatisticsParams& p, const Workspac
 
 template <class T>
 __global__ void __launch_bounds__(kBlockKeys)
-    drift_plain_scan_kernel(const DriftStatisticsParams p, const Workspace w) {
+    drift_plain_scan_kernel(const DriftAttentionParams p, const Workspace w) {
   extern __shared__ float plain_memory[];
   __shared__ int overwritten_by[kBlockKeys];
   __shared__ float reduced[kBlockKeys / kWarpSize];
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kBlockKeys)
   const int thread = static_cast<int>(threadIdx.x);
   const int first = static_cast<int>(blockIdx.x) * kBlockKeys, position = first + thread;
   const bool is_valid = q.has_key(position);
-  float* keys = plain_memory;                        // [128, D + 1]
-  float* query = keys + kBlockKeys * (dim + 1);      // [D]
+  float* keys = plain_memory;                    // [128, D + 1]
+  float* query = keys + kBlockKeys * (dim + 1);  // [D]
   // Element i of the block's keys, from a row of k_cache or k_old.
   const auto stage = [&](int i, const void* from, int64_t row) {
     const T* x = static_cast<const T*>(from) + (row * p.num_kv_heads + kv_head) * dim;

@@ -1,4 +1,4 @@
-"""drift_statistics: attention mass of every key, and the cosine over heads, old against new.
+"""drift_attention: window_attention, the mass of every key, and the cosine over heads.
 
 Cases are made the way a step makes them: a cache, rows written over it, what they overwrote.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from elastic_cache import ops, reference
+from elastic_cache import ops
 from opcase import (
     TILE_SIZES,
     Case,
@@ -23,6 +23,8 @@ from opcase import (
     poisoned,
     run,
 )
+from schemas import SCHEMAS
+from tolerance import assert_same_bits
 from torch import Tensor
 
 Counts = tuple[int, int, int, int]
@@ -54,26 +56,26 @@ def make_case(
     q_old[~is_tested] = float("nan")
     q[listed] += drift * normal(rng, len(listed), num_heads, head_dim, **kind)
     k[listed] += drift * normal(rng, len(listed), num_kv_heads, head_dim, **kind)
-    lse = torch.zeros(len(rows), num_heads, device=device)
-    out = torch.zeros(len(rows), num_heads, head_dim, **kind)
-    key_range = int32(key_ranges, device)
-    reference.window_attention(q, k, k, rows, key_range, scale, out, lse)
+    v = normal(rng, num_slots, num_kv_heads, head_dim, **kind)
     unlisted = torch.ones(num_slots, dtype=torch.bool, device=device)
     unlisted[listed] = False
     q[unlisted] = float("nan")
     for s, (first, end) in enumerate(key_ranges):
-        mine = k[s * capacity : (s + 1) * capacity]
-        mine[:first], mine[end:] = float("nan"), float("nan")
+        for cache in (k, v):
+            mine = cache[s * capacity : (s + 1) * capacity]
+            mine[:first], mine[end:] = float("nan"), float("nan")
     return {
         "q_cache": q,
         "k_cache": k,
+        "v_cache": v,
         "q_old": q_old,
         "k_old": k_old,
         "rows": rows,
         "segments": segments,
-        "key_range": key_range,
-        "lse": lse,
+        "key_range": int32(key_ranges, device),
         "scale": scale,
+        "out": poisoned(len(rows), num_heads, head_dim, **kind),
+        "lse": poisoned(len(rows), num_heads, dtype=torch.float32, device=device),
         "mass": poisoned(len(counts), capacity, dtype=torch.float32, device=device),
         "similarity": poisoned(len(counts), dtype=torch.float64, device=device),
     }
@@ -105,17 +107,20 @@ def _lay_rows(
 
 
 def check(case: Case) -> dict[str, Tensor]:
-    """Both results come from float32 weights, whatever they are stored in.
+    """Results come from float32 weights; out and lse are, in every bit, those of window_attention.
 
-    A weight is exp(score - lse) with an lse that is given, so a rounding error of a score is not
-    cancelled by the same error of the sum: it counts as often as the score is large.
+    A rounding error of a score counts in its weight as often as the score is large.
     """
     q = case["q_cache"][case["rows"][case["rows"] >= 0].long()].double()  # [r, H, D]
     k = case["k_cache"].double().repeat_interleave(q.shape[1] // case["k_cache"].shape[1], 1)
     scores = case["scale"] * torch.einsum("rhd,khd->rhk", q, k)
     largest = float(scores.nan_to_num(0.0).abs().amax()) if scores.numel() else 0.0
     condition = max(1.0, largest)
-    return check_close("drift_statistics", case, arithmetic=torch.float32, condition=condition)
+    result = check_close("drift_attention", case, arithmetic=torch.float32, condition=condition)
+    attention = {argument.name: case[argument.name] for argument in SCHEMAS["window_attention"]}
+    for name, expected in run(ops, "window_attention", attention).items():
+        assert_same_bits(f"drift_attention: {name}", result[name], expected)
+    return result
 
 
 @pytest.mark.parametrize("size", TILE_SIZES)
@@ -168,7 +173,7 @@ def test_drifts(
 def test_mass_of_a_window_is_its_heads_and_rows(device: torch.device, rng: torch.Generator) -> None:
     """Every row of weights sums to one."""
     case = make_case(rng, device, torch.float32, [(1, 2, 10, 5), (0, 0, 3, 0)], [(0, 60), (4, 9)])
-    total = run(ops, "drift_statistics", case)["mass"].sum(1).cpu()
+    total = run(ops, "drift_attention", case)["mass"].sum(1).cpu()
     torch.testing.assert_close(total, torch.tensor([40.0, 12.0]))
 
 
@@ -185,7 +190,7 @@ def test_skipped_rows(device: torch.device, rng: torch.Generator, dtype: torch.d
     for row in (1, 7, 9, 17):  # tracked; window; window; the only tracked row of sequence 1
         skipped = int(case["rows"][row])
         case["k_cache"][skipped] = case["k_old"][row]  # never written
-        for name in ("q_old", "k_old", "lse"):
+        for name in ("q_old", "k_old"):
             case[name][row] = float("nan")
         case["q_cache"][skipped] = float("nan")
         case["rows"][row] = -1
@@ -201,36 +206,38 @@ def test_no_row_and_no_key(device: torch.device, rng: torch.Generator, dtype: to
 
 def test_contract(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
     counts, ranges = [(6, 4, 16, 2), (3, 3, 20, 0)], [(0, 400), (11, 333)]
-    check_contract("drift_statistics", make_case(rng, device, dtype, counts, ranges, (4, 2), 64))
+    check_contract("drift_attention", make_case(rng, device, dtype, counts, ranges, (4, 2), 64))
 
 
 def test_rejects(device: torch.device, rng: torch.Generator) -> None:
     counts, ranges = [(2, 1, 4, 1), (1, 2, 3, 0)], [(0, 20), (3, 23)]
     case = make_case(rng, device, torch.float32, counts, ranges)
-    check_rejects_malformed("drift_statistics", case)
+    check_rejects_malformed("drift_attention", case)
     for name, bad in {
         "k_cache": case["k_cache"][1:],
+        "v_cache": case["v_cache"][:, 1:].contiguous(),
         "q_old": case["q_old"][1:],
         "k_old": case["k_old"][..., 1:].contiguous(),
         "segments": case["segments"][:, 1:].contiguous(),
         "key_range": case["key_range"][1:],
+        "out": case["out"][1:],
         "lse": case["lse"][:, 1:].contiguous(),
         "mass": case["mass"][:, 1:].contiguous(),
         "similarity": case["similarity"][1:],
     }.items():
-        assert_rejected("drift_statistics", {**case, name: bad}, name, "must be [")
+        assert_rejected("drift_attention", {**case, name: bad}, name, "must be [")
 
 
 def test_rejects_values(rng: torch.Generator) -> None:
     device = torch.device("cpu")
     counts, ranges = [(2, 1, 4, 1), (1, 2, 3, 0)], [(0, 20), (3, 23)]
     case = make_case(rng, device, torch.float32, counts, ranges)
-    assert_rejected("drift_statistics", {**case, "q_old": None, "k_old": None}, "q_old", "tracked")
+    assert_rejected("drift_attention", {**case, "q_old": None, "k_old": None}, "q_old", "tracked")
     for bad in ([8, 1, 2, 30, 0], [-1, 1, 2, 3, 0], [8, 1, -2, 3, 0]):
         segments = case["segments"].clone()
         segments[1] = int32(bad, device)
-        assert_rejected("drift_statistics", {**case, "segments": segments}, "segments", "got")
+        assert_rejected("drift_attention", {**case, "segments": segments}, "segments", "got")
     bad_range = int32([[0, 20], [3, 99]], device)
-    assert_rejected("drift_statistics", {**case, "key_range": bad_range}, "key_range", "got")
+    assert_rejected("drift_attention", {**case, "key_range": bad_range}, "key_range", "got")
     case["rows"][4] = len(case["q_cache"])
-    assert_rejected("drift_statistics", case, "rows", str(len(case["q_cache"])))
+    assert_rejected("drift_attention", case, "rows", str(len(case["q_cache"])))

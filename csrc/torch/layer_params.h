@@ -1,0 +1,64 @@
+// Params of the ops that also are parts of larger ops.
+#pragma once
+
+#include "checks.h"
+#include "elastic_cache/add_rms_norm.h"
+#include "elastic_cache/cache_write.h"
+#include "elastic_cache/linear.h"
+
+namespace elastic_cache::ops {
+
+// x weight + bias -> out, rows of x and out one after the other.
+inline LinearParams linear_params(DType dtype, const Tensor& x, const Tensor& weight,
+                                  const void* bias, const Tensor& out) {
+  return {.dtype = dtype,
+          .num_rows = out.size(0),
+          .in_features = weight.size(0),
+          .out_features = weight.size(1),
+          .x_row_stride = weight.size(0),
+          .weight_row_stride = weight.stride(0),
+          .x = input<void>(x),
+          .weight = input<void>(weight),
+          .bias = bias,
+          .out = output<void>(out)};
+}
+
+// Without a layer-input cache.
+inline AddRmsNormParams norm_params(DType dtype, const Tensor& residual, const void* delta,
+                                    const Tensor& weight, double eps, const Tensor& out) {
+  return {.dtype = dtype,
+          .num_rows = residual.size(0),
+          .width = residual.size(1),
+          .eps = static_cast<float>(eps),
+          .residual = output<void>(residual),
+          .delta = delta,
+          .weight = input<void>(weight),
+          .rows = nullptr,
+          .x_cache = nullptr,
+          .out = output<void>(out)};
+}
+
+inline CacheWriteParams cache_write_params(DType dtype, const Tensor& qkv, const Tensor& rows,
+                                           const Tensor& rope, int64_t capacity,
+                                           const Tensor& q_cache, const Tensor& k_cache,
+                                           const Tensor& v_cache,
+                                           const std::optional<Tensor>& q_old,
+                                           const std::optional<Tensor>& k_old) {
+  return {.dtype = dtype,
+          .num_rows = rows.size(0),
+          .num_heads = q_cache.size(1),
+          .num_kv_heads = k_cache.size(1),
+          .head_dim = q_cache.size(2),
+          .capacity = capacity,
+          .qkv_row_stride = qkv.stride(0),
+          .qkv = input<void>(qkv),
+          .rows = input<int32_t>(rows),
+          .rope = input<float>(rope),
+          .q_cache = output<void>(q_cache),
+          .k_cache = output<void>(k_cache),
+          .v_cache = output<void>(v_cache),
+          .q_old = output<void>(q_old),
+          .k_old = output<void>(k_old)};
+}
+
+}  // namespace elastic_cache::ops

@@ -1,0 +1,159 @@
+"""project_qkv: the bits of add_rms_norm, linear and cache_write called one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from elastic_cache import ops
+from opcase import (
+    TILE_SIZES,
+    Case,
+    assert_rejected,
+    check_close,
+    check_contract,
+    check_rejects_malformed,
+    normal,
+    poisoned,
+    random_slots,
+    run,
+    spread_rows,
+    threads,
+)
+from tolerance import assert_same_bits
+
+
+def make_case(
+    rng: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_rows: int,
+    width: int = 24,
+    heads: tuple[int, int] = (3, 1),
+    head_dim: int = 6,
+) -> Case:
+    kind: dict[str, Any] = {"dtype": dtype, "device": device}
+    capacity = num_rows + 2
+    q, kv = ((2 * capacity, count, head_dim) for count in heads)
+    columns = (heads[0] + 2 * heads[1]) * head_dim
+    angle = 6.3 * torch.rand(capacity + 3, head_dim // 2, generator=rng)
+    return {
+        "residual": normal(rng, num_rows, width, **kind),
+        "delta": normal(rng, num_rows, width, **kind),
+        "norm_weight": 1 + 0.2 * normal(rng, width, **kind),
+        "eps": 1e-5,
+        "weight": normal(rng, width, columns, **kind) / width**0.5,
+        "bias": normal(rng, columns, **kind),
+        "rows": random_slots(rng, num_rows, 2 * capacity, device),
+        "rope": torch.cat((angle.cos(), angle.sin()), -1).to(device),
+        "capacity": capacity,
+        "x_cache": normal(rng, 2 * capacity, width, **kind),
+        "q_cache": normal(rng, *q, **kind),
+        "k_cache": normal(rng, *kv, **kind),
+        "v_cache": normal(rng, *kv, **kind),
+        "q_old": poisoned(num_rows, *q[1:], **kind),
+        "k_old": poisoned(num_rows, *kv[1:], **kind),
+        "hidden": poisoned(num_rows, width, **kind),
+        "qkv": poisoned(num_rows, columns, **kind),
+    }
+
+
+class Composition:
+    """The op as its parts."""
+
+    @staticmethod
+    def project_qkv(*args: Any) -> None:
+        residual, delta, norm_weight, eps, weight, bias, rows, rope, capacity = args[:9]
+        x_cache, *caches, hidden, qkv = args[9:]
+        stored = None if x_cache is None else rows
+        ops.add_rms_norm(residual, delta, norm_weight, eps, hidden, stored, x_cache)
+        ops.linear(hidden, weight, bias, qkv)
+        ops.cache_write(qkv, rows, rope, capacity, *caches)
+
+
+def check_parts(case: Case) -> None:
+    expected = run(Composition, "project_qkv", case)
+    for count in (1, 2):
+        with threads(count):
+            for name, value in run(ops, "project_qkv", case).items():
+                assert_same_bits(f"project_qkv: {name}, {count} threads", value, expected[name])
+
+
+@pytest.mark.parametrize("num_rows", [*TILE_SIZES, 22, 30, 31, 350])
+def test_rows(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype, num_rows: int
+) -> None:
+    case = make_case(rng, device, dtype, num_rows, 48)
+    check_parts(case)
+    check_close("project_qkv", case, exact=("residual", "x_cache", "q_old", "k_old"))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4), (5, 5)], ids=str)
+@pytest.mark.parametrize("width", [1, 7, 255, 300])
+def test_widths(
+    device: torch.device,
+    rng: torch.Generator,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    width: int,
+) -> None:
+    check_parts(make_case(rng, device, dtype, 17, width, heads, 10))
+
+
+@pytest.mark.parametrize("absent", ["delta", "bias", "x_cache", "q_old", "k_old"])
+def test_optional_arguments(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype, absent: str
+) -> None:
+    check_parts({**make_case(rng, device, dtype, 19), absent: None})
+
+
+def test_strided_weight(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
+    case = make_case(rng, device, dtype, 19)
+    check_parts({**case, "weight": spread_rows(case["weight"])})
+
+
+def test_a_row_does_not_depend_on_the_others(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    case = make_case(rng, device, dtype, 23, 128, (4, 4), 32)
+    together = run(ops, "project_qkv", case)
+    per_row = ("residual", "delta", "rows", "q_old", "k_old", "hidden", "qkv")
+    for row in range(23):
+        alone = {**case, **{name: case[name][row : row + 1] for name in per_row}}
+        result, slot = run(ops, "project_qkv", alone), int(case["rows"][row])
+        for name in ("residual", "q_old", "k_old", "hidden", "qkv"):
+            assert_same_bits(name, result[name][0], together[name][row])
+        for name in ("x_cache", "q_cache", "k_cache", "v_cache"):
+            if slot >= 0:
+                assert_same_bits(name, result[name][slot], together[name][slot])
+
+
+def test_all_rows_skipped(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
+    case = make_case(rng, device, dtype, 9)
+    case["rows"].fill_(-1)
+    result = run(ops, "project_qkv", case)
+    for name in ("x_cache", "q_cache", "k_cache", "v_cache"):
+        assert_same_bits(name, result[name], case[name])
+    assert not result["q_old"].any() and not result["k_old"].any()
+
+
+def test_contract(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
+    check_contract("project_qkv", make_case(rng, device, dtype, 60, 128, (4, 4), 32))
+
+
+def test_rejects(device: torch.device, rng: torch.Generator) -> None:
+    case = make_case(rng, device, torch.float32, 9)
+    check_rejects_malformed("project_qkv", case)
+    short = ("delta", "norm_weight", "weight", "bias", "rows", "x_cache", "k_cache", "v_cache")
+    for name in (*short, "q_old", "k_old", "hidden", "qkv"):
+        assert_rejected("project_qkv", {**case, name: case[name][1:]}, name, "must be [")
+    assert_rejected("project_qkv", {**case, "capacity": 0}, "capacity", "got 0")
+    assert_rejected("project_qkv", {**case, "rope": case["rope"][:1]}, "rope", "got 1")
+
+
+def test_rejects_slots_outside(rng: torch.Generator) -> None:
+    case = make_case(rng, torch.device("cpu"), torch.float32, 9)
+    for slot in (len(case["q_cache"]), -2):
+        case["rows"][4] = slot
+        assert_rejected("project_qkv", case, "rows", str(slot))

@@ -17,10 +17,12 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / cuda::kWarpSize;
 
 // The position of candidate i in sequence s if it may be committed, else -1.
-__device__ int64_t position_of(const CommitParams& p, int64_t s, int64_t i) {
-  const int64_t slot = p.candidates[i];
-  if (slot < 0 || slot / p.capacity != s || !p.masked[slot]) return -1;
-  const int64_t position = slot % p.capacity;
+__device__ int32_t position_of(const CommitParams& p, int64_t s, int64_t i) {
+  const int32_t slot = p.candidates[i];
+  const auto capacity =
+      static_cast<int32_t>(p.capacity);  // slots are int32, and so is one sequence
+  if (slot < 0 || slot / capacity != s || !p.masked[slot]) return -1;
+  const int32_t position = slot % capacity;
   return position >= p.key_range[2 * s] && position < p.key_range[2 * s + 1] ? position : -1;
 }
 

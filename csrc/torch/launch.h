@@ -47,20 +47,18 @@ void launch_with_workspace(const torch::stable::Tensor& tensor, Params params,
       op##_cpu(__VA_ARGS__);                         \
     }                                                \
   } while (false)
-#else
-// Launches a kernel that needs a workspace; torch's allocator keeps it until the stream is past it.
-template <class Params>
-void launch_with_workspace(const torch::stable::Tensor& tensor, Params params,
-                           int64_t (*workspace_bytes)(const Params&),
-                           void (*kernel)(const Params&, Stream)) {
-  const CurrentStream stream(tensor);
-  const torch::stable::Tensor workspace = torch::stable::new_empty(
-      tensor, {workspace_bytes(params)}, torch::headeronly::ScalarType::Byte);
-  params.workspace = workspace.mutable_data_ptr();
-  kernel(params, stream);
-}
 
+#define ELASTIC_CACHE_LAUNCH_WITH_WORKSPACE(op, tensor, params)         \
+  do {                                                                  \
+    if ((tensor).is_cuda()) {                                           \
+      launch_with_workspace(tensor, params, op##_workspace, op##_cuda); \
+    } else {                                                            \
+      op##_cpu(params);                                                 \
+    }                                                                   \
+  } while (false)
+#else
 #define ELASTIC_CACHE_LAUNCH(op, tensor, ...) op##_cpu(__VA_ARGS__)
+#define ELASTIC_CACHE_LAUNCH_WITH_WORKSPACE(op, tensor, params) op##_cpu(params)
 #endif
 
 }  // namespace elastic_cache::ops

@@ -41,8 +41,8 @@ struct Shape {
   DType dtype;
   int heads, kv_heads, dim;
   std::vector<Sequence> sequences;
-  int padding = 0;      // rows of -1 at the end
-  int skip_every = 0;   // every so many-th row is -1
+  int padding = 0;     // rows of -1 at the end
+  int skip_every = 0;  // every so many-th row is -1
 };
 
 struct Case {
@@ -124,8 +124,9 @@ struct Result {
 };
 
 // Softmax over the keys of sequence s of a query of head h -> weights; returns lse.
-inline double softmax(const Case& c, int s, int h, const double* query, const std::vector<int>& old_row,
-               std::vector<double>& weights, double& largest) {
+inline double softmax(const Case& c, int s, int h, const double* query,
+                      const std::vector<int>& old_row, std::vector<double>& weights,
+                      double& largest) {
   const Shape& shape = c.shape;
   const int kv_head = h / (shape.heads / shape.kv_heads);
   double top = -kInfinity, sum = 0.0;
@@ -149,7 +150,7 @@ inline double softmax(const Case& c, int s, int h, const double* query, const st
 }
 
 inline double sum_of_cosines(const std::vector<std::vector<double>>& a,
-                      const std::vector<std::vector<double>>& b, int first, int end) {
+                             const std::vector<std::vector<double>>& b, int first, int end) {
   double total = 0.0;
   for (int key = first; key < end; ++key) {
     double dot = 0.0, aa = 0.0, bb = 0.0;

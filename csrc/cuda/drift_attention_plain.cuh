@@ -16,6 +16,13 @@ namespace elastic_cache::cuda::drift {
 constexpr int kBlockKeys = kDriftBlockKeys;
 constexpr float kLog2E = 1.44269504088896340736f;
 
+// Maximum and sum over two sets of keys; an empty one has maximum -infinity.
+__device__ inline float2 join(float2 a, float2 b) {
+  const float top = fmaxf(a.x, b.x);
+  if (top == -INFINITY) return make_float2(-INFINITY, 0.0f);
+  return make_float2(top, a.y * exp2f(a.x - top) + b.y * exp2f(b.x - top));
+}
+
 // Tracked rows are numbered through all sequences. Keys are positions.
 struct Workspace {
   double* cosines;         // [max_tracked, key blocks] sums over keys

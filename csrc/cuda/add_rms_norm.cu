@@ -1,6 +1,6 @@
 // A block owns a row: it adds, sums the squares, and normalises from registers, so a row is read
 // and written once. Sums have a fixed order: the same bits in every run and whatever the batch.
-// Rows of up to kThreads * kMaxPerThread elements stay in registers; the rest of a longer row is
+// The first kMaxRounds chunks of kThreads packs stay in registers; the rest of a longer row is
 // read again.
 #include "elastic_cache/add_rms_norm.h"
 
@@ -15,7 +15,7 @@ using cuda::from_float;
 using cuda::to_float;
 
 constexpr int kThreads = 512;
-constexpr int kMaxRounds = 4;  // chunks of a row a thread keeps in registers
+constexpr int kMaxRounds = 2;  // chunks of a row a thread keeps in registers: 8,192 bfloat16
 
 // residual += delta for one chunk of N elements; stores it, and returns it as floats.
 template <class T, int N>

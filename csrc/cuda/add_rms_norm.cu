@@ -108,11 +108,8 @@ void add_rms_norm_cuda(const AddRmsNormParams& params, Stream stream) {
   if (params.num_rows == 0) return;
   cuda::with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (is_aligned<T>(params)) {
-      launch<T, cuda::kVectorSize<T>>(params, stream);
-    } else {
-      launch<T, 1>(params, stream);
-    }
+    cuda::with_pack_size<T>(is_aligned<T>(params),
+                            [&](auto size) { launch<T, size()>(params, stream); });
   });
 }
 

@@ -45,11 +45,8 @@ void swiglu_cuda(const SwigluParams& params, Stream stream) {
   if (params.num_rows == 0 || params.width == 0) return;
   cuda::with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (cuda::are_vectors<T>({params.gate_up, params.out}, {params.width})) {
-      launch<T, cuda::kVectorSize<T>>(params, stream);
-    } else {
-      launch<T, 1>(params, stream);
-    }
+    cuda::with_pack_size<T>(cuda::are_vectors<T>({params.gate_up, params.out}, {params.width}),
+                            [&](auto size) { launch<T, size()>(params, stream); });
   });
 }
 

@@ -108,11 +108,9 @@ void token_confidence_cuda(const TokenConfidenceParams& params, Stream stream) {
   if (params.num_rows == 0) return;
   cuda::with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (cuda::are_vectors<T>({params.logits}, {params.vocab_size, params.logits_row_stride})) {
-      launch<T, cuda::kVectorSize<T>>(params, stream);
-    } else {
-      launch<T, 1>(params, stream);
-    }
+    const bool has_vectors =
+        cuda::are_vectors<T>({params.logits}, {params.vocab_size, params.logits_row_stride});
+    cuda::with_pack_size<T>(has_vectors, [&](auto size) { launch<T, size()>(params, stream); });
   });
 }
 

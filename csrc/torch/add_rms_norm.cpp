@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "launch.h"
+#include "layer_params.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -28,16 +29,8 @@ void add_rms_norm(const Tensor& residual, const std::optional<Tensor>& delta, co
 
   if (rows) check.indices("rows", *rows, x_cache->size(0));
   ELASTIC_CACHE_LAUNCH(add_rms_norm, residual,
-                       {.dtype = check.dtype(),
-                        .num_rows = num_rows,
-                        .width = width,
-                        .eps = static_cast<float>(eps),
-                        .residual = output<void>(residual),
-                        .delta = input<void>(delta),
-                        .weight = input<void>(weight),
-                        .rows = input<int32_t>(rows),
-                        .x_cache = output<void>(x_cache),
-                        .out = output<void>(out)});
+                       norm_params(check.dtype(), residual, input<void>(delta), weight, eps, out,
+                                   input<int32_t>(rows), output<void>(x_cache)));
 }
 
 }  // namespace elastic_cache::ops

@@ -19,12 +19,7 @@ void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int6
                                      {"v_cache", v_cache, Type::kModel},
                                      {"q_old", q_old, Type::kModel},
                                      {"k_old", k_old, Type::kModel}});
-  check.shape("q_cache", q_cache, {{"slots"}, {"heads"}, {"head_dim"}});
-  const int64_t slots = q_cache.size(0), heads = q_cache.size(1), head_dim = q_cache.size(2);
-  check.shape("k_cache", k_cache, {{"slots", slots}, {"kv_heads"}, {"head_dim", head_dim}});
-  const int64_t kv_heads = k_cache.size(1);
-  check.shape("v_cache", v_cache,
-              {{"slots", slots}, {"kv_heads", kv_heads}, {"head_dim", head_dim}});
+  const auto [slots, heads, kv_heads, head_dim] = check.caches(q_cache, k_cache, v_cache);
   check.shape("rows", rows, {{"rows"}});
   const int64_t num_rows = rows.size(0);
   check.shape("qkv", qkv,

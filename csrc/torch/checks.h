@@ -48,6 +48,14 @@ struct Dim {
   int64_t size = kAnySize;
 };
 
+// Sizes of the three caches of a layer.
+struct CacheShape {
+  int64_t slots;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+};
+
 class Checks {
  public:
   // The first argument is always given; its device is everybody's device, and the first argument
@@ -88,6 +96,16 @@ class Checks {
   template <typename... Parts>
   void that(bool holds, const Parts&... sentence) const {
     if (!holds) fail(sentence...);
+  }
+
+  // q_cache [slots, heads, head_dim], k_cache and v_cache [slots, kv_heads, head_dim].
+  CacheShape caches(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache) const {
+    shape("q_cache", q_cache, {{"slots"}, {"heads"}, {"head_dim"}});
+    const int64_t slots = q_cache.size(0), head_dim = q_cache.size(2);
+    shape("k_cache", k_cache, {{"slots", slots}, {"kv_heads"}, {"head_dim", head_dim}});
+    const int64_t kv_heads = k_cache.size(1);
+    shape("v_cache", v_cache, {{"slots", slots}, {"kv_heads", kv_heads}, {"head_dim", head_dim}});
+    return {slots, q_cache.size(1), kv_heads, head_dim};
   }
 
   void heads(int64_t heads, int64_t kv_heads) const {

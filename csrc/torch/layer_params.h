@@ -8,14 +8,14 @@
 
 namespace elastic_cache::ops {
 
-// x weight + bias -> out, rows of x and out one after the other.
+// x weight + bias -> out.
 inline LinearParams linear_params(DType dtype, const Tensor& x, const Tensor& weight,
                                   const void* bias, const Tensor& out) {
   return {.dtype = dtype,
           .num_rows = out.size(0),
           .in_features = weight.size(0),
           .out_features = weight.size(1),
-          .x_row_stride = weight.size(0),
+          .x_row_stride = x.stride(0),
           .weight_row_stride = weight.stride(0),
           .x = input<void>(x),
           .weight = input<void>(weight),
@@ -23,9 +23,10 @@ inline LinearParams linear_params(DType dtype, const Tensor& x, const Tensor& we
           .out = output<void>(out)};
 }
 
-// Without a layer-input cache.
+// `rows` and `x_cache` are null without a layer-input cache.
 inline AddRmsNormParams norm_params(DType dtype, const Tensor& residual, const void* delta,
-                                    const Tensor& weight, double eps, const Tensor& out) {
+                                    const Tensor& weight, double eps, const Tensor& out,
+                                    const int32_t* rows = nullptr, void* x_cache = nullptr) {
   return {.dtype = dtype,
           .num_rows = residual.size(0),
           .width = residual.size(1),
@@ -33,8 +34,8 @@ inline AddRmsNormParams norm_params(DType dtype, const Tensor& residual, const v
           .residual = output<void>(residual),
           .delta = delta,
           .weight = input<void>(weight),
-          .rows = nullptr,
-          .x_cache = nullptr,
+          .rows = rows,
+          .x_cache = x_cache,
           .out = output<void>(out)};
 }
 

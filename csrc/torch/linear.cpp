@@ -6,6 +6,7 @@
 #include <array>
 
 #include "checks.h"
+#include "layer_params.h"
 #include "ops.h"
 
 namespace elastic_cache::ops {
@@ -40,16 +41,7 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   check.shape("out", out, {{"rows", num_rows}, {"out_features", out_features}});
 
   if (!out.is_cpu()) return vendor_linear(x, weight, bias, out);
-  linear_cpu({.dtype = check.dtype(),
-              .num_rows = num_rows,
-              .in_features = in_features,
-              .out_features = out_features,
-              .x_row_stride = x.stride(0),
-              .weight_row_stride = weight.stride(0),
-              .x = input<void>(x),
-              .weight = input<void>(weight),
-              .bias = input<void>(bias),
-              .out = output<void>(out)});
+  linear_cpu(linear_params(check.dtype(), x, weight, input<void>(bias), out));
 }
 
 }  // namespace elastic_cache::ops

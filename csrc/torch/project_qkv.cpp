@@ -32,12 +32,9 @@ void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
   const Dim row_count{"rows", residual.size(0)}, width{"width", residual.size(1)};
   check.shape("delta", delta, {row_count, width});
   check.shape("norm_weight", norm_weight, {width});
-  check.shape("q_cache", q_cache, {{"slots"}, {"heads"}, {"head_dim"}});
-  const Dim slots{"slots", q_cache.size(0)}, heads{"heads", q_cache.size(1)};
-  const Dim head_dim{"head_dim", q_cache.size(2)};
-  check.shape("k_cache", k_cache, {slots, {"kv_heads"}, head_dim});
-  const Dim kv_heads{"kv_heads", k_cache.size(1)};
-  check.shape("v_cache", v_cache, {slots, kv_heads, head_dim});
+  const CacheShape cache = check.caches(q_cache, k_cache, v_cache);
+  const Dim slots{"slots", cache.slots}, heads{"heads", cache.heads};
+  const Dim kv_heads{"kv_heads", cache.kv_heads}, head_dim{"head_dim", cache.head_dim};
   check.shape("x_cache", x_cache, {slots, width});
   const Dim qkv_width{"(heads + 2 * kv_heads) * head_dim",
                       (heads.size + 2 * kv_heads.size) * head_dim.size};
@@ -60,11 +57,8 @@ void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
   }
   check.indices("rows", rows, slots.size);
   const DType dtype = check.dtype();
-  AddRmsNormParams norm =
-      norm_params(dtype, residual, input<void>(delta), norm_weight, eps, hidden);
-  norm.rows = input<int32_t>(rows);
-  norm.x_cache = output<void>(x_cache);
-  project_qkv_cpu({.norm = norm,
+  project_qkv_cpu({.norm = norm_params(dtype, residual, input<void>(delta), norm_weight, eps,
+                                       hidden, input<int32_t>(rows), output<void>(x_cache)),
                    .linear = linear_params(dtype, hidden, weight, input<void>(bias), qkv),
                    .write = cache_write_params(dtype, qkv, rows, rope, capacity, q_cache, k_cache,
                                                v_cache, q_old, k_old)});

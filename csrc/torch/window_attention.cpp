@@ -17,12 +17,7 @@ void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor
                                           {"key_range", key_range, Type::kInt32},
                                           {"out", out, Type::kModel},
                                           {"lse", lse, Type::kFloat32}});
-  check.shape("q_cache", q_cache, {{"slots"}, {"heads"}, {"head_dim"}});
-  const int64_t slots = q_cache.size(0), heads = q_cache.size(1), head_dim = q_cache.size(2);
-  check.shape("k_cache", k_cache, {{"slots", slots}, {"kv_heads"}, {"head_dim", head_dim}});
-  const int64_t kv_heads = k_cache.size(1);
-  check.shape("v_cache", v_cache,
-              {{"slots", slots}, {"kv_heads", kv_heads}, {"head_dim", head_dim}});
+  const auto [slots, heads, kv_heads, head_dim] = check.caches(q_cache, k_cache, v_cache);
   check.heads(heads, kv_heads);
   check.shape("rows", rows, {{"rows"}});
   const int64_t num_rows = rows.size(0);

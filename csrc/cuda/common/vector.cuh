@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 
 namespace elastic_cache::cuda {
 
@@ -58,6 +59,17 @@ inline bool are_vectors(std::initializer_list<const void*> arrays,
   }
   for (const int64_t length : lengths) holds = holds && length % kVectorSize<T> == 0;
   return holds;
+}
+
+// f(N), N the elements a thread takes at once as a compile-time constant: 16 bytes of them where
+// the arrays allow it, else one.
+template <class T, class F>
+inline void with_pack_size(bool has_vectors, const F& f) {
+  if (has_vectors) {
+    f(std::integral_constant<int, kVectorSize<T>>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
 }
 
 }  // namespace elastic_cache::cuda

@@ -106,7 +106,7 @@ def extension():
     return kind(
         "elastic_cache._ops",
         CPU_SOURCES + (CUDA_SOURCES if has_cuda else []),
-        include_dirs=[os.path.join(ROOT, "csrc/include")],
+        include_dirs=[os.path.join(ROOT, "csrc/include"), os.path.join(ROOT, "csrc/cuda")],
         define_macros=macros,
         extra_compile_args=flags,
         py_limited_api=True,

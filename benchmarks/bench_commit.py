@@ -31,7 +31,7 @@ def make_case(data: Data, num_sequences: int, capacity: int, window: int) -> Cas
         masked.copy_(masked_before)
         tokens.copy_(tokens_before)
         ops.commit(
-            token, confidence, candidates, rule, amount, key_range, EOS,
+            token, confidence, candidates, rule, amount, key_range, EOS, None, 1,
             tokens, masked, committed, eos_position, status,
         )  # fmt: skip
 

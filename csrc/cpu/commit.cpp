@@ -89,7 +89,11 @@ void commit_sequence(const CommitParams& p, int64_t s, std::vector<Candidate>& f
 void commit_cpu(const CommitParams& params) {
   std::vector<Candidate> found;
   found.reserve(static_cast<size_t>(params.num_candidates));
-  for (int64_t s = 0; s < params.num_sequences; ++s) commit_sequence(params, s, found);
+  for (int64_t s = 0; s < params.num_sequences; ++s) {
+    const bool is_stopped =
+        params.first_full_layer && params.first_full_layer[s] < params.num_layers;
+    if (!is_stopped) commit_sequence(params, s, found);
+  }
 }
 
 }  // namespace elastic_cache

@@ -1,4 +1,4 @@
-// Turns a layer's statistics into the next rows and, once per step, the first refreshed layer.
+// Turns the statistics of layers into the next rows and the first refreshed layer.
 #include "elastic_cache/drift_decision.h"
 
 #include <algorithm>
@@ -9,11 +9,12 @@ namespace {
 // A NaN ranks below every number, so that the order is total.
 bool is_better(float a, float b) { return a > b || (b != b && a == a); }
 
-// The k best positions by insertion; scanning upwards, a tie stays behind the lower position.
-void select_tracked(const DriftDecisionParams& p, int64_t s) {
-  const float* mass = p.mass + s * p.capacity;
+// The k best positions of layer i, by insertion; scanning upwards, a tie stays behind the lower
+// position.
+void select_tracked(const DriftDecisionParams& p, int64_t i, int64_t s) {
+  const float* mass = p.mass + (i * p.num_sequences + s) * p.capacity;
   const bool* masked = p.masked + s * p.capacity;
-  int32_t* best = p.tracked + s * p.track_num;
+  int32_t* best = p.tracked + (i * p.num_sequences + s) * p.track_num;
   int64_t count = 0;
   for (int32_t k = p.key_range[2 * s]; k < p.key_range[2 * s + 1]; ++k) {
     if (masked[k]) continue;
@@ -30,12 +31,14 @@ void select_tracked(const DriftDecisionParams& p, int64_t s) {
 }  // namespace
 
 void drift_decision_cpu(const DriftDecisionParams& params) {
-  const auto next = static_cast<int32_t>(params.layer + 1);
-  for (int64_t s = 0; s < params.num_sequences; ++s) {
-    if (params.similarity[s] < params.gamma[s]) {
-      params.first_full_layer[s] = std::min(params.first_full_layer[s], next);
+  for (int64_t i = 0; i < params.num_layers; ++i) {
+    const auto next = static_cast<int32_t>(params.layer + i + 1);
+    for (int64_t s = 0; s < params.num_sequences; ++s) {
+      if (params.similarity[i * params.num_sequences + s] < params.gamma[s]) {
+        params.first_full_layer[s] = std::min(params.first_full_layer[s], next);
+      }
+      select_tracked(params, i, s);
     }
-    select_tracked(params, s);
   }
 }
 

@@ -81,6 +81,7 @@ __device__ int count_flags(const bool* flags, int64_t count, int* shared) {
 __global__ void __launch_bounds__(kThreads) commit_kernel(CommitParams p) {
   __shared__ int shared[kWarps], first_eos;
   const int64_t s = blockIdx.x, begin = p.key_range[2 * s], end = p.key_range[2 * s + 1];
+  if (p.first_full_layer && p.first_full_layer[s] < p.num_layers) return;
   bool* masked = p.masked + s * p.capacity;
   bool* committed = p.committed + s * p.capacity;
   for (int64_t i = threadIdx.x; i < p.capacity; i += kThreads) committed[i] = false;

@@ -1,6 +1,7 @@
-// A block owns a sequence. A position's rank is one 64-bit key: its mass as an unsigned integer of
+// A block owns a sequence in one layer. A position's rank is one 64-bit key: its mass as an unsigned integer of
 // the same order, then the inverted position, so that equal masses go to the lower position and
-// the best is a plain integer maximum, whatever the order it is taken in.
+// the best is a plain integer maximum, whatever the order it is taken in. Layers that fail meet in an
+// integer minimum, which has no order either.
 #include "elastic_cache/drift_decision.h"
 
 #include "common/launch.h"
@@ -36,13 +37,12 @@ __device__ Key block_largest(Key key, Key* shared) {
 
 __global__ void __launch_bounds__(kThreads) drift_decision_kernel(DriftDecisionParams p) {
   __shared__ Key shared[kThreads / cuda::kWarpSize];
-  const int64_t s = blockIdx.x;
-  const float* mass = p.mass + s * p.capacity;
+  const int64_t s = blockIdx.x, index = blockIdx.y, at = index * p.num_sequences + s;
+  const float* mass = p.mass + at * p.capacity;
   const bool* masked = p.masked + s * p.capacity;
   const int32_t first = p.key_range[2 * s], end = p.key_range[2 * s + 1];
-  if (threadIdx.x == 0 && p.similarity[s] < p.gamma[s]) {
-    const auto next = static_cast<int32_t>(p.layer + 1);
-    p.first_full_layer[s] = min(p.first_full_layer[s], next);
+  if (threadIdx.x == 0 && p.similarity[at] < p.gamma[s]) {
+    atomicMin(p.first_full_layer + s, static_cast<int32_t>(p.layer + index + 1));
   }
   Key last = ~Key{0};
   for (int64_t i = 0; i < p.track_num; ++i) {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) drift_decision_kernel(DriftDecisionP
     }
     last = block_largest(best, shared);
     if (threadIdx.x == 0) {
-      p.tracked[s * p.track_num + i] =
+      p.tracked[at * p.track_num + i] =
           last == 0 ? -1 : static_cast<int32_t>(~static_cast<unsigned int>(last));
     }
   }
@@ -63,9 +63,10 @@ __global__ void __launch_bounds__(kThreads) drift_decision_kernel(DriftDecisionP
 }  // namespace
 
 void drift_decision_cuda(const DriftDecisionParams& params, Stream stream) {
-  if (params.num_sequences == 0) return;
-  drift_decision_kernel<<<static_cast<unsigned int>(params.num_sequences), kThreads, 0, stream>>>(
-      params);
+  if (params.num_sequences == 0 || params.num_layers == 0) return;
+  const dim3 grid(static_cast<unsigned int>(params.num_sequences),
+                  static_cast<unsigned int>(params.num_layers));
+  drift_decision_kernel<<<grid, kThreads, 0, stream>>>(params);
   cuda::check_launch("drift_decision");
 }
 

@@ -22,7 +22,7 @@ void check_rules(const Checks& check, const Tensor& rule) {
 
 void commit(const Tensor& token, const Tensor& confidence, const Tensor& candidates,
             const Tensor& rule, const Tensor& amount, const Tensor& key_range, int64_t eos_id,
-            const Tensor& tokens, const Tensor& masked, const Tensor& committed,
+            const std::optional<Tensor>& first_full_layer, int64_t num_layers, const Tensor& tokens, const Tensor& masked, const Tensor& committed,
             const Tensor& eos_position, const Tensor& status) {
   const Checks check("commit", {{"token", token, Type::kInt64},
                                 {"confidence", confidence, Type::kFloat64},
@@ -30,6 +30,7 @@ void commit(const Tensor& token, const Tensor& confidence, const Tensor& candida
                                 {"rule", rule, Type::kInt32},
                                 {"amount", amount, Type::kFloat64},
                                 {"key_range", key_range, Type::kInt32},
+                                {"first_full_layer", first_full_layer, Type::kInt32},
                                 {"tokens", tokens, Type::kInt64},
                                 {"masked", masked, Type::kBool},
                                 {"committed", committed, Type::kBool},
@@ -46,6 +47,7 @@ void commit(const Tensor& token, const Tensor& confidence, const Tensor& candida
   check.shape("rule", rule, {{"sequences", num_sequences}});
   check.shape("amount", amount, {{"sequences", num_sequences}});
   check.shape("key_range", key_range, {{"sequences", num_sequences}, {"2", 2}});
+  check.shape("first_full_layer", first_full_layer, {{"sequences", num_sequences}});
   check.shape("eos_position", eos_position, {{"sequences", num_sequences}});
   check.shape("status", status, {{"sequences", num_sequences}, {"status columns", kStatusColumns}});
 
@@ -57,12 +59,14 @@ void commit(const Tensor& token, const Tensor& confidence, const Tensor& candida
                         .capacity = capacity,
                         .num_candidates = num_candidates,
                         .eos_id = eos_id,
+                        .num_layers = num_layers,
                         .token = input<int64_t>(token),
                         .confidence = input<double>(confidence),
                         .candidates = input<int32_t>(candidates),
                         .rule = input<int32_t>(rule),
                         .amount = input<double>(amount),
                         .key_range = input<int32_t>(key_range),
+                        .first_full_layer = input<int32_t>(first_full_layer),
                         .tokens = output<int64_t>(tokens),
                         .masked = output<bool>(masked),
                         .committed = output<bool>(committed),

@@ -45,8 +45,9 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
       "Tensor(b!) confidence) -> ()");
   m.def(
       "commit(Tensor token, Tensor confidence, Tensor candidates, Tensor rule, Tensor amount, "
-      "Tensor key_range, int eos_id, Tensor(a!) tokens, Tensor(b!) masked, Tensor(c!) committed, "
-      "Tensor(d!) eos_position, Tensor(e!) status) -> ()");
+      "Tensor key_range, int eos_id, Tensor? first_full_layer, int num_layers, "
+      "Tensor(a!) tokens, Tensor(b!) masked, Tensor(c!) committed, Tensor(d!) eos_position, "
+      "Tensor(e!) status) -> ()");
 }
 
 // One function an op: it launches the kernel of the device its tensors are on.

@@ -1,11 +1,12 @@
-"""The one loop: plan -> forward -> decode -> commit -> event.
+"""The one loop: plan -> launch -> finish -> event.
 
     policy.plan      which rows this step computes
-    forward.run      the layers, against the cache; refreshed from the failing layer on
-    decoder.decode   a token and a confidence per candidate
-    ops.commit       which of them become text
-A request's state is a DecodeState; only `Request.step` changes its tokens. Nothing outlives a
-request but the model, so a failed request leaves the engine usable.
+    runner.launch    the layers against the cache, a token and a confidence per candidate, the
+                     commit, and the rows of the next step
+    runner.finish    waits; layers behind a failed drift test are refreshed
+On a GPU the next step is launched before the last one's event is handed out, so that the GPU never
+waits for who reads it. A runner is lent to one request at a time; a request that fails or is
+abandoned does not give it back, so whatever went wrong in it is gone.
 """
 
 from __future__ import annotations
@@ -18,41 +19,43 @@ from typing import Any
 
 import torch
 
-from elastic_cache import ops
-from elastic_cache.cache import Cache
 from elastic_cache.config import GenerationConfig
-from elastic_cache.decoding import CommitRule, Decoder
 from elastic_cache.errors import NonFiniteLogitsError
-from elastic_cache.forward import Forward
 from elastic_cache.models import load_model
 from elastic_cache.models.weights import Model
-from elastic_cache.plan import Plan
 from elastic_cache.policies import make_policy
 from elastic_cache.prompt import Prompt, encode_prompt
-from elastic_cache.state import (
+from elastic_cache.report import (
+    SEGMENT_WINDOW,
     STATUS_MASKED,
     STATUS_NOT_FINITE,
-    DecodeState,
 )
+from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for
 from elastic_cache.types import Generation, Message, Step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load(name: str, device: str = "cpu", dtype: str = "float32") -> Engine:
+_MAX_IDLE_RUNNERS = 4
+"""Requests of so many lengths or kinds take turns without capturing their steps anew."""
+
+
+def load(name: str, device: str = "cpu", dtype: str = "float32", capture: bool = True) -> Engine:
     """Loads a checkpoint and returns an engine that generates with it.
 
     Args:
         name: "tiny" (the embedded model), a checkpoint folder, or a hub id.
         device: "cpu", "cuda" or "cuda:N".
         dtype: "float32" or "bfloat16", the type of weights, cache and activations.
+        capture: on a GPU, run the steps that reuse the cache as CUDA graphs (default); False
+            launches the same kernels one by one, with the same results.
 
     Raises:
         ValueError: one sentence that says what is wrong with an argument or the checkpoint.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return Engine(load_model(name, _device(device), DTYPES[dtype]))
+    return Engine(load_model(name, _device(device), DTYPES[dtype]), capture)
 
 
 def _device(name: str) -> torch.device:
@@ -74,8 +77,9 @@ class Engine:
         model: the loaded checkpoint (config, weights, tokenizer, device, dtype).
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, capture: bool = True) -> None:
         self.model = model
+        self._runners = RunnerPool(model, capture)
 
     def generate(
         self, prompt: str | Sequence[Message] | Sequence[int] | torch.Tensor, **settings: Any
@@ -125,7 +129,27 @@ class Engine:
         sequence as it stands; after the last step `request.result` is the Generation.
         """
         config = _settings(settings)
-        return Request(self.model, encode_prompt(self.model, prompt, config.gen_length), config)
+        encoded = encode_prompt(self.model, prompt, config.gen_length)
+        return Request(self.model, self._runners, encoded, config)
+
+
+class RunnerPool:
+    """Idle runners, most recently used last."""
+
+    def __init__(self, model: Model, capture: bool) -> None:
+        self._model, self._capture = model, capture
+        self._idle: list[Runner] = []
+
+    def take(self, shape: RunnerShape) -> Runner:
+        """A runner of that shape, an idle one if there is one."""
+        for index in reversed(range(len(self._idle))):
+            if self._idle[index].shape == shape:
+                return self._idle.pop(index)
+        return Runner(self._model, shape, self._capture)
+
+    def give(self, runner: Runner) -> None:
+        """Keeps a runner that has finished its request."""
+        self._idle = [*self._idle, runner][-_MAX_IDLE_RUNNERS:]
 
 
 class Request:
@@ -136,29 +160,37 @@ class Request:
         settings: the validated settings.
     """
 
-    def __init__(self, model: Model, prompt: Prompt, settings: GenerationConfig) -> None:
-        config, device = model.config, model.device
+    def __init__(
+        self, model: Model, runners: RunnerPool, prompt: Prompt, settings: GenerationConfig
+    ) -> None:
         self.prompt = prompt
         self.settings = settings
         self._model = model
         self._started = time.perf_counter()
-        self._state = DecodeState.start(
-            prompt.ids.to(device),
-            prompt.masked.to(device),
-            config.num_layers,
-            settings.track_num,
+        self._ids = prompt.ids.clone()
+        policy = make_policy(prompt.masked.tolist(), settings, model.config.eos_id)
+        self._policy = policy
+        self._runners = runners
+        self._runner = runners.take(
+            RunnerShape(
+                capacity=capacity_for(len(prompt.ids), model),
+                needs=policy.needs,
+                num_candidates=policy.num_candidates,
+                track_num=settings.track_num,
+                selects_rows=policy.window > 0,
+                tests_drift=policy.tests_drift,
+                has_noise=settings.temperature > 0,
+                eos_id=model.config.eos_id if policy.drops_tail_at_eos else -1,
+            )
         )
-        self._policy = make_policy(self._state, settings, config.eos_id)
-        cache = Cache(
-            config, 1, self._state.capacity, self._policy.needs, model.device, model.dtype
-        )
-        self._forward = Forward(model, cache)
-        self._decoder = Decoder(model, settings)
-        self._rule = CommitRule(settings, 1, device)
+        start = Start(prompt.ids, prompt.masked, policy.window, policy.lookahead, settings)
+        self._report = self._runner.start(start)
+        self._runs_ahead = model.device.type != "cpu"
         self._num_steps = 0
         self._layers_refreshed = 0
         self._cut = -1
         self._result: Generation | None = None
+        self._launched: _Launched | None = None
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -169,38 +201,24 @@ class Request:
             raise StopIteration
         return step
 
-    @torch.inference_mode()
     def step(self) -> Step | None:
         """Runs one denoising step; None when the answer is finished."""
-        plan = None if self._result else self._policy.plan(self._state)
-        if plan is None:
-            self._result = self._result or self._finish()
+        if self._result is not None:
             return None
-        hidden, first_full = self._forward.run(plan, self._state)
-        token, confidence = self._decoder.decode(hidden)
-        self._rule.prepare(plan)
-        state = self._state
-        ops.commit(
-            token,
-            confidence,
-            plan.candidates,
-            self._rule.rule,
-            self._rule.amount,
-            state.key_range,
-            self._model.config.eos_id if self._policy.drops_tail_at_eos else -1,
-            state.tokens,
-            state.masked,
-            state.committed,
-            state.eos_position,
-            state.status,
-        )
-        step = self._report(plan, first_full, confidence)
+        launched = self._launched or self._launch()
+        if launched is None:
+            self._result = self._finish()
+            self._runners.give(self._runner)
+            return None
+        first_full, self._report = self._runner.finish()
+        step = self._describe(launched, first_full)
         self._policy.observe(step)
+        self._launched = self._launch() if self._runs_ahead else None
         return step
 
     def tokens(self) -> torch.Tensor:
         """The sequence as it stands, int64 [T] on the CPU; undecoded positions hold the mask id."""
-        return self._state.tokens[0].to("cpu", copy=True)
+        return self._ids.clone()
 
     @property
     def result(self) -> Generation:
@@ -209,24 +227,38 @@ class Request:
             raise RuntimeError("the answer is not finished: iterate the request to its end first")
         return self._result
 
-    def _report(self, plan: Plan, first_full: int, confidence: torch.Tensor) -> Step:
-        """Reads back what the commit did, counts the step, and notes the EOS that cuts the tail."""
-        status = self._state.status[0].tolist()
+    def _launch(self) -> _Launched | None:
+        """Enqueues the next step, if there is one."""
+        segments = self._report.segments[0].tolist()
+        plan = self._policy.plan(sum(segments[1:]), segments[SEGMENT_WINDOW])
+        if plan is None:
+            return None
+        if plan.listed is None:
+            candidates = self._report.candidates[: plan.num_candidates].tolist()
+        else:
+            candidates = list(plan.listed[: plan.num_candidates])
+        self._runner.launch(plan)
+        num_rows = len(self._ids) if plan.is_full else plan.num_rows
+        return _Launched(candidates, num_rows)
+
+    def _describe(self, launched: _Launched, first_full: int) -> Step:
+        """Counts the step, writes what it committed, and notes the EOS that cuts the tail."""
+        report, candidates = self._report, launched.candidates
+        status = report.status[0].tolist()
         if status[STATUS_NOT_FINITE]:
             raise NonFiniteLogitsError(
                 f"the model produced logits that are not finite numbers at step "
-                f"{self._num_steps} (in {status[STATUS_NOT_FINITE]} of {len(confidence)} rows): "
+                f"{self._num_steps} (in {status[STATUS_NOT_FINITE]} of {len(candidates)} rows): "
                 f"check the checkpoint {self._model.name!r} and the dtype"
             )
         index, depth = self._num_steps, self._model.config.num_layers
         first_full = -1 if index == 0 else first_full
-        hit = self._state.committed.view(-1)[plan.candidates]
-        positions = plan.candidates[hit]
-        tracked = self._state.tracked if plan.drift is not None else None
+        hits = report.is_committed[: len(candidates)].nonzero().flatten().tolist()
+        committed = [candidates[hit] for hit in hits]
+        tokens: list[int] = report.token[hits].tolist()
         self._num_steps += 1
         self._layers_refreshed += depth - first_full
-        committed = positions.tolist()
-        tokens = self._state.tokens.view(-1)[positions].tolist()
+        self._ids[committed] = torch.tensor(tokens, dtype=torch.int64)
         eos = self._model.config.eos_id
         if self._cut < 0 and eos in tokens:
             self._cut = committed[tokens.index(eos)]
@@ -235,9 +267,9 @@ class Request:
             first_full_layer=first_full,
             committed=committed,
             tokens=tokens,
-            confidence=confidence[hit].tolist(),
-            tracked=_positions(tracked),
-            num_rows=self._state.capacity if plan.is_full else plan.rows.numel(),
+            confidence=report.confidence[hits].tolist(),
+            tracked=_positions(report.tracked) if self._policy.tests_drift else [],
+            num_rows=launched.num_rows,
             num_masked=status[STATUS_MASKED],
         )
 
@@ -262,6 +294,14 @@ class Request:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Launched:
+    """What the host has to remember of a step under way."""
+
+    candidates: list[int]  # positions
+    num_rows: int
+
+
 def _settings(given: dict[str, Any]) -> GenerationConfig:
     known = [field.name for field in dataclasses.fields(GenerationConfig)]
     for name in given:
@@ -272,9 +312,7 @@ def _settings(given: dict[str, Any]) -> GenerationConfig:
     return GenerationConfig(**given)
 
 
-def _positions(tracked: torch.Tensor | None) -> list[int]:
-    if tracked is None:
-        return []
+def _positions(tracked: torch.Tensor) -> list[int]:
     return sorted({position for position in tracked.flatten().tolist() if position >= 0})
 
 

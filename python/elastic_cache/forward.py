@@ -1,11 +1,11 @@
-"""Runs one planned step through the layers: a plan and a cache in, hidden rows out.
+"""Runs rows through the layers of a model, against a cache.
 
-    reuse layer   the plan's rows only, against all cached keys; then the drift test
-    full layer    every position; its inputs are the previous full layer's output, or, in the
-                  first full layer of a step, the layer's own cached inputs
-The subtle thing: reuse layers run on after a failed drift test wherever looking at the verdict
-would cost a device synchronisation. That is harmless: all they write belongs to layers which the
-full pass then overwrites. On the CPU looking is free, and the pass stops early.
+    run_rows   the listed rows only, against all cached keys; then the drift test
+    run_full   every position; its inputs are the previous full layer's output, or, in the first
+               full layer of a step, the layer's own cached inputs
+The subtle thing: run_rows goes on after a failed drift test wherever looking at the verdict would
+cost a device synchronisation. That is harmless: all it writes belongs to layers which the full pass
+then overwrites. On the CPU looking is free, and the pass stops early.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from elastic_cache import ops
 from elastic_cache.cache import Cache
 from elastic_cache.models.weights import Model
-from elastic_cache.plan import DriftTest, Plan
-from elastic_cache.state import DecodeState
+from elastic_cache.state import DecodeState, DriftTest
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,15 @@ class Workspace:
 
 
 class Forward:
-    """The layers of a model over one request's cache.
+    """The layers of a model over one runner's cache.
 
     Args:
         model: weights and shape.
-        cache: storage of the request; its capacity bounds the rows of a step.
+        cache: storage; its capacity bounds the positions of a full pass.
+        max_rows: the most rows of a pass.
     """
 
-    def __init__(self, model: Model, cache: Cache) -> None:
+    def __init__(self, model: Model, cache: Cache, max_rows: int) -> None:
         config, weights = model.config, model.weights
         self._weights = weights
         self._cache = cache
@@ -110,81 +110,106 @@ class Forward:
             for layer in weights.layers
         )
         slots = cache.num_sequences * cache.capacity
-        self._workspace = Workspace.allocate(model, slots)
+        self._workspace = Workspace.allocate(model, max_rows)
         self._all_slots = torch.arange(slots, dtype=torch.int32, device=model.device)
 
-    def run(self, plan: Plan, state: DecodeState) -> tuple[torch.Tensor, int]:
-        """Runs every layer for the plan's rows.
+    def run_rows(
+        self,
+        rows: torch.Tensor,
+        segments: torch.Tensor,
+        state: DecodeState,
+        drift: DriftTest | None,
+    ) -> bool:
+        """Layers over the listed rows, int32 [R], against the cache; tests each if `drift`.
 
-        Returns the normalised hidden rows of the candidates, [W, d], and the first layer that ran
-        in full mode (0 for a full plan, the number of layers when none did).
+        Returns False when it stopped at a layer that has to run in full mode; only a pass that can
+        look at the verdict for free does so.
         """
-        depth = len(self._layers)
-        first_full = 0
-        if not plan.is_full:
-            work = self._workspace.rows(plan.rows.numel())
-            self._embed(state, plan.rows, work)
-            first_full = self._run_reuse_layers(plan, state, work)
-        if first_full < depth:
-            work, candidate_rows = self._workspace, plan.candidates.long()
-            if plan.is_full:
-                self._embed(state, self._all_slots, work)
-            self._run_full_layers(first_full, plan, state)
-        else:
-            candidate_rows = plan.candidate_rows
-        residual = work.residual[candidate_rows]
+        work = self._workspace.rows(len(rows))
+        self._embed(state, rows, work)
+        verdict = state.first_full_layer.numpy() if drift and self._can_peek else None
+        for index, layer in enumerate(self._layers):
+            if verdict is not None and verdict.max() <= index:
+                self._store_input(index, rows, work)
+                return False
+            self._project_qkv(index, rows, work, is_first=index == 0)
+            if drift is None:
+                self._attend(index, rows, state, work)
+            else:
+                self._attend_and_test(index, rows, segments, drift, state, work)
+                if verdict is not None:
+                    self._decide(index, index + 1, drift, state)
+            self._finish_layer(layer, work.attention_flat, work)
+        if drift is not None and verdict is None:
+            self._decide(0, len(self._layers), drift, state)
+        return True
+
+    def run_full(
+        self,
+        first: int,
+        length: int,
+        candidates: torch.Tensor,
+        candidate_segments: torch.Tensor,
+        state: DecodeState,
+        drift: DriftTest | None,
+        *,
+        embeds: bool,
+    ) -> None:
+        """Layers `first` .. L - 1 over positions 0 .. length - 1.
+
+        Begins with the tokens if `embeds`, else with what the first layer's cache holds. With
+        `drift` every layer chooses its tracked tokens by the attention of the candidates.
+        """
+        work = self._workspace.rows(length)
+        slots = self._all_slots[:length]
+        if embeds:
+            self._embed(state, slots, work)
+        for index in range(first, len(self._layers)):
+            cached = self._cache.layers[index]
+            if index == first and not embeds:
+                assert cached.x is not None  # a plan that can fail caches inputs
+                work.residual.copy_(cached.x[:length])
+            self._project_qkv(index, slots, work, is_first=index == first)
+            attention = self._attend_all(index, length)
+            if drift is not None:
+                # torch's attention keeps no weights; W rows beside all of them cost little.
+                few = self._workspace.rows(len(candidates))
+                self._attend_and_test(index, candidates, candidate_segments, drift, state, few)
+            self._finish_layer(self._layers[index], attention, work)
+        if drift is not None:
+            self._decide(first, len(self._layers), drift, state)
+
+    def hidden(self, index: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Normalised output [W, d] of the last pass at `index`, int32 [W] rows of its `num_rows`;
+        -1 gives any row."""
+        work, at = self._workspace.rows(num_rows), index.clamp(min=0)
+        residual = work.residual.index_select(0, at)
         hidden = torch.empty_like(residual)
         ops.add_rms_norm(
             residual,
-            work.delta[candidate_rows],
+            work.delta.index_select(0, at),
             self._weights.final_norm,
             self._eps,
             hidden,
             None,
             None,
         )
-        return hidden, first_full
+        return hidden
 
     def _embed(self, state: DecodeState, rows: torch.Tensor, work: Workspace) -> None:
-        tokens = state.tokens.view(-1).index_select(0, rows)
+        tokens = state.tokens.view(-1).index_select(0, rows.clamp(min=0))
         torch.index_select(self._weights.embedding, 0, tokens, out=work.residual)
 
-    def _run_reuse_layers(self, plan: Plan, state: DecodeState, work: Workspace) -> int:
-        """Layers over the plan's rows; returns the first layer to run in full mode."""
-        depth, drift = len(self._layers), plan.drift
-        verdict = drift.first_full_layer.numpy() if drift and self._can_peek else None
-        for index, layer in enumerate(self._layers):
-            if verdict is not None and verdict.max() <= index:
-                self._store_input(index, plan.rows, work)
-                return index
-            self._project_qkv(index, plan.rows, work, is_first=index == 0)
-            if drift is None:
-                self._attend(index, plan.rows, state, work)
-            else:
-                self._attend_and_test(index, plan.rows, drift.row_segments, drift, state, work)
-            self._finish_layer(layer, work.attention_flat, work)
-        if drift is None or verdict is not None:
-            return depth
-        return int(drift.first_full_layer.min())
-
-    def _run_full_layers(self, first: int, plan: Plan, state: DecodeState) -> None:
-        """Layers `first` .. L - 1 over every position."""
-        work = self._workspace
-        for index in range(first, len(self._layers)):
-            cached = self._cache.layers[index]
-            if index == first and not plan.is_full:
-                assert cached.x is not None  # a plan that can fail caches inputs
-                work.residual.copy_(cached.x)
-            self._project_qkv(index, self._all_slots, work, is_first=index == first)
-            # [N, H, D] -> [1, H, N, D]: one sequence; torch's kernel, as the vendor's is fastest.
-            q, k, v = (t.transpose(0, 1)[None] for t in (cached.q, cached.k, cached.v))
-            out = F.scaled_dot_product_attention(
-                q, k, v, scale=self._scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            attention = out[0].transpose(0, 1).reshape(work.attention_flat.shape)
-            if plan.drift is not None:
-                self._track_full(index, plan, plan.drift, state)
-            self._finish_layer(self._layers[index], attention, work)
+    def _attend_all(self, index: int, length: int) -> torch.Tensor:
+        """Attention of every position over every position, [T, H * D]; torch's kernel, as the
+        vendor's is fastest."""
+        cached = self._cache.layers[index]
+        # [N, H, D] -> [1, H, T, D]
+        q, k, v = (t[:length].transpose(0, 1)[None] for t in (cached.q, cached.k, cached.v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, scale=self._scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out[0].transpose(0, 1).reshape(length, -1)
 
     def _store_input(self, index: int, rows: torch.Tensor, work: Workspace) -> None:
         """Adds the previous layer's output and stores the sum: where the full layers start."""
@@ -263,7 +288,7 @@ class Forward:
         state: DecodeState,
         work: Workspace,
     ) -> None:
-        cached = self._cache.layers[index]
+        cached, tested = self._cache.layers[index], drift.layers[index]
         ops.drift_attention(
             cached.q,
             cached.k,
@@ -276,24 +301,25 @@ class Forward:
             self._scale,
             work.attention,
             work.lse,
-            drift.mass,
-            drift.similarity,
+            tested.mass,
+            tested.similarity,
         )
+
+    def _decide(self, first: int, end: int, drift: DriftTest, state: DecodeState) -> None:
+        """Verdict and tracked tokens of layers `first` .. end - 1."""
+        if end == first + 1:
+            layer = drift.layers[first]
+            similarity, mass, tracked = layer.similarities, layer.masses, layer.tracked
+        else:
+            similarity, mass = drift.similarity[first:end], drift.mass[first:end]
+            tracked = state.tracked[first:end]
         ops.drift_decision(
-            drift.similarity,
+            similarity,
             drift.gamma,
-            drift.mass,
-            drift.masked,
+            mass,
+            state.masked,
             state.key_range,
-            index,
-            drift.first_full_layer,
-            drift.tracked[index],
+            first,
+            state.first_full_layer,
+            tracked,
         )
-
-    def _track_full(self, index: int, plan: Plan, drift: DriftTest, state: DecodeState) -> None:
-        """Tracked-token choice of a full layer: attention of the window's rows once more.
-
-        torch's attention keeps no weights; W rows beside all of them cost a few per cent.
-        """
-        work = self._workspace.rows(plan.candidates.numel())
-        self._attend_and_test(index, plan.candidates, drift.window_segments, drift, state, work)

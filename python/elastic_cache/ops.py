@@ -228,18 +228,18 @@ def drift_decision(
     first_full_layer: Tensor,
     tracked: Tensor,
 ) -> None:
-    """Let layers from `layer + 1` on run in full mode where the drift test fails, and choose the
-    tokens that the next step recomputes.
+    """Let layers behind one whose drift test fails run in full mode, and choose the tokens that
+    the next step recomputes; for n consecutive layers at once.
 
     Args:
-        similarity: float64 [S].
+        similarity: float64 [n, S].
         gamma: float64 [S]; a similarity below it fails the test.
-        mass: float32 [S, C].
+        mass: float32 [n, S, C].
         masked: bool [S, C] before this step's commit; masked positions are never chosen.
         key_range: int32 [S, 2].
-        layer: index of the layer tested.
-        first_full_layer: in and out, int32 [S]; lowered to layer + 1 on failure.
-        tracked: out, int32 [S, k], positions of largest mass, best first, padded with -1.
+        layer: index of the first of the layers.
+        first_full_layer: in and out, int32 [S]; lowered to the first failing layer's index + 1.
+        tracked: out, int32 [n, S, k], positions of largest mass, best first, padded with -1.
 
     Raises:
         ValueError: a wrong argument.
@@ -433,6 +433,8 @@ def commit(
     amount: Tensor,
     key_range: Tensor,
     eos_id: int,
+    first_full_layer: Tensor | None,
+    num_layers: int,
     tokens: Tensor,
     masked: Tensor,
     committed: Tensor,
@@ -454,6 +456,9 @@ def commit(
         amount: float64 [S].
         key_range: int32 [S, 2]; positions outside of it are never touched.
         eos_id: token id that ends the answer, -1 = none does.
+        first_full_layer: int32 [S]; a sequence below `num_layers` is left as it is, because its
+            drift test failed. None: every sequence commits.
+        num_layers: of the model.
         tokens: in and out, int64 [S, C].
         masked: in and out, bool [S, C].
         committed: out, bool [S, C], exactly the positions committed by this call.
@@ -474,6 +479,8 @@ def commit(
         amount,
         key_range,
         eos_id,
+        first_full_layer,
+        num_layers,
         tokens,
         masked,
         committed,

@@ -1,24 +1,8 @@
-"""What one step computes, as data: row lists on the device and the buffers of the drift test."""
+"""What one step computes, as plain host data; the row lists themselves are on the device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-
-
-@dataclass(frozen=True)
-class DriftTest:
-    """Buffers of the drift test and the tracked-token choice; S sequences, C positions."""
-
-    gamma: torch.Tensor  # float64 [S]
-    first_full_layer: torch.Tensor  # int32 [S] L until a layer fails, then that layer + 1
-    tracked: tuple[torch.Tensor, ...]  # L of int32 [S, k] out: the choice of every layer
-    masked: torch.Tensor  # bool [S, C] positions that may not be chosen
-    row_segments: torch.Tensor  # int32 [S, 5] kinds of the plan's rows (reuse layers)
-    window_segments: torch.Tensor  # int32 [S, 5] kinds of the candidates alone (full layers)
-    mass: torch.Tensor  # float32 [S, C] scratch
-    similarity: torch.Tensor  # float64 [S] scratch
 
 
 @dataclass(frozen=True)
@@ -27,17 +11,15 @@ class Plan:
 
     Attributes:
         is_full: every layer computes every position.
-        rows: int32 [R] slots computed in the layers that reuse the cache.
-        candidates: int32 [W] slots whose logits are decoded, ascending.
-        candidate_rows: int64 [W] where the candidates stand in `rows` (in `is_full` steps and
-            refreshed layers a candidate's row is its slot).
-        drift: the drift test to run in every layer, or None.
+        num_rows: rows computed in the layers that reuse the cache.
+        num_candidates: of them, those whose logits are decoded.
+        listed: positions to compute, the first `num_candidates` of which are decoded; None: as
+            `ops.select_rows` has listed them.
         num_commits: commit exactly this many candidates instead of the request's rule.
     """
 
     is_full: bool
-    rows: torch.Tensor
-    candidates: torch.Tensor
-    candidate_rows: torch.Tensor
-    drift: DriftTest | None = None
+    num_rows: int
+    num_candidates: int
+    listed: range | None = None
     num_commits: int | None = None

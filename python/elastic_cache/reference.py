@@ -183,24 +183,25 @@ def _drift_statistics(
 
 
 def drift_decision(
-    similarity: Tensor,  # [S] float64
+    similarity: Tensor,  # [n, S] float64
     gamma: Tensor,  # [S] float64
-    mass: Tensor,  # [S, C] float32
+    mass: Tensor,  # [n, S, C] float32
     masked: Tensor,  # [S, C] bool, before this step's commit
     key_range: Tensor,  # [S, 2] int32
-    layer: int,
+    layer: int,  # of the first of n layers
     first_full_layer: Tensor,  # [S] int32 in and out
-    tracked: Tensor,  # [S, k] int32 out: positions, best first, padded with -1
+    tracked: Tensor,  # [n, S, k] int32 out: positions, best first, padded with -1
 ) -> None:
     """Which layer runs in full mode next, and which positions to recompute in the next step."""
-    failed = (similarity < gamma) & (first_full_layer > layer + 1)
-    first_full_layer[failed] = layer + 1
     tracked.fill_(-1)
-    for s, (first, last) in enumerate(key_range.tolist()):
-        eligible = first + (~masked[s, first:last]).nonzero().flatten()
-        order = mass[s, eligible].sort(descending=True, stable=True).indices
-        best = eligible[order[: tracked.shape[1]]]
-        tracked[s, : len(best)] = best.to(tracked.dtype)
+    for i in range(len(mass)):
+        failed = (similarity[i] < gamma) & (first_full_layer > layer + i + 1)
+        first_full_layer[failed] = layer + i + 1
+        for s, (first, last) in enumerate(key_range.tolist()):
+            eligible = first + (~masked[s, first:last]).nonzero().flatten()
+            order = mass[i, s, eligible].sort(descending=True, stable=True).indices
+            best = eligible[order[: tracked.shape[2]]]
+            tracked[i, s, : len(best)] = best.to(tracked.dtype)
 
 
 def add_rms_norm(
@@ -317,6 +318,8 @@ def commit(
     amount: Tensor,  # [S] float64: eps, k or factor
     key_range: Tensor,  # [S, 2] int32
     eos_id: int,
+    first_full_layer: Tensor | None,  # [S] int32; below num_layers: leave the sequence as it is
+    num_layers: int,
     tokens: Tensor,  # [S, C] int64 in and out
     masked: Tensor,  # [S, C] bool in and out
     committed: Tensor,  # [S, C] bool out
@@ -325,9 +328,11 @@ def commit(
 ) -> None:
     """Commit candidates by confidence, apply the EOS rule, and report to the host."""
     capacity = tokens.shape[1]
-    committed.zero_()
     slots, sure = candidates.tolist(), confidence.tolist()
     for s, (first, last) in enumerate(key_range.tolist()):
+        if first_full_layer is not None and first_full_layer[s] < num_layers:
+            continue
+        committed[s] = False
         mine = [
             w
             for w, slot in enumerate(slots)

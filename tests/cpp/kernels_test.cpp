@@ -46,7 +46,7 @@ void run_empty_problems() {
                            .num_kv_heads = 1,
                            .head_dim = 8,
                            .capacity = 4});
-  ec::drift_decision_cpu({.num_sequences = 0, .capacity = 4, .track_num = 1});
+  ec::drift_decision_cpu({.num_sequences = 0, .capacity = 4, .track_num = 1, .num_layers = 1});
   ec::swiglu_cpu({.num_rows = 0, .width = 8});
   ec::token_confidence_cpu({.num_rows = 0, .vocab_size = 8});
   int32_t offset = -1;

@@ -53,6 +53,8 @@ def make_case(
         "amount": amount.to(device),
         "key_range": int32([[1, capacity - 1]] * num_sequences, device).view(num_sequences, 2),
         "eos_id": eos_id,
+        "first_full_layer": None,
+        "num_layers": 4,
         "tokens": tokens.to(device),
         "masked": masked.to(device),
         "committed": poisoned(num_sequences, capacity, dtype=torch.bool, device=device),
@@ -74,6 +76,8 @@ def one_sequence(
         "amount": torch.tensor([amount], dtype=torch.float64, device=device),
         "key_range": int32([[0, count]], device),
         "eos_id": EOS,
+        "first_full_layer": None,
+        "num_layers": 4,
         "tokens": torch.full((1, count), MASK, device=device),
         "masked": torch.ones(1, count, dtype=torch.bool, device=device),
         "committed": poisoned(1, count, dtype=torch.bool, device=device),
@@ -158,6 +162,17 @@ def test_sizes(
     check_exact("commit", make_case(rng, device, num_candidates, [rule, rule], levels=20))
 
 
+def test_a_sequence_whose_drift_test_failed_is_left_as_it_is(
+    device: torch.device, rng: torch.Generator
+) -> None:
+    case = make_case(rng, device, 90, [(THRESHOLD, 0.5)] * 4)
+    case["num_layers"], case["first_full_layer"] = 6, int32([6, 5, 99, 0], device)
+    result = check_exact("commit", case)
+    for name in ("tokens", "masked", "committed", "status"):
+        for s, is_stopped in enumerate((False, True, False, True)):
+            assert torch.equal(result[name][s], case[name][s]) == is_stopped
+
+
 def test_sequences_of_different_rules(device: torch.device, rng: torch.Generator) -> None:
     rules = [(TOP_K, 2.0), (THRESHOLD, 0.3), (FACTOR, 3.0), (THRESHOLD, 1.0), (TOP_K, 1e9)]
     check_exact("commit", make_case(rng, device, 150, rules))
@@ -202,6 +217,7 @@ def test_rejects(device: torch.device, rng: torch.Generator) -> None:
         "rule": case["rule"][1:],
         "amount": case["amount"][1:],
         "key_range": case["key_range"][1:],
+        "first_full_layer": int32([1], device),
         "masked": case["masked"][:, 1:].contiguous(),
         "committed": case["committed"][:, 1:].contiguous(),
         "eos_position": case["eos_position"][1:],

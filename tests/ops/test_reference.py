@@ -126,9 +126,9 @@ def test_drift_attention_is_cosine_over_heads(rng: torch.Generator, num_kv_heads
 
 
 def test_drift_decision_is_topk(rng: torch.Generator) -> None:
-    mass, masked = random(rng, 3, 30).abs(), torch.rand(3, 30, generator=rng) < 0.5
-    tracked, first_full = int32([[0] * 4] * 3), int32([9, 9, 5])
-    similarity = torch.tensor([0.8, 0.9, 0.1], dtype=FLOAT)
+    mass, masked = random(rng, 1, 3, 30).abs(), torch.rand(3, 30, generator=rng) < 0.5
+    tracked, first_full = int32([[[0] * 4] * 3]), int32([9, 9, 5])
+    similarity = torch.tensor([[0.8, 0.9, 0.1]], dtype=FLOAT)
     gamma, key_range = torch.full((3,), 0.9, dtype=FLOAT), int32([[0, 30]] * 3)
     reference.drift_decision(similarity, gamma, mass, masked, key_range, 4, first_full, tracked)
     assert tracked.tolist() == mass.masked_fill(masked, 0.0).topk(4).indices.tolist()

@@ -1,7 +1,7 @@
-"""What a policy is: it plans the rows of each step and says what the cache must keep.
+"""What a policy is: it plans the rows of each step and says what the step must keep.
 
-A policy never touches tokens or the cache. Its plan is data: row lists on the device and, for
-policies that test for drift, the tensors the decision is written to.
+A policy is host logic alone: it never touches tokens, the cache or the device. Whether a test for
+drift sends layers to full mode is decided on the device, by the ops, from the policy's numbers.
 """
 
 from __future__ import annotations
@@ -10,18 +10,31 @@ from typing import Protocol
 
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.plan import Plan
-from elastic_cache.state import DecodeState
 from elastic_cache.types import Step
 
 
 class Policy(Protocol):
-    """One request's policy; created per request, asked once per step."""
+    """One request's policy; created per request, asked once per step.
+
+    Attributes:
+        needs: what the cache must keep from step to step.
+        drops_tail_at_eos: whether an EOS ends the masks to its right.
+        tests_drift: whether every layer runs the drift test.
+        num_candidates: the most positions decoded in a step.
+        window: masked positions that `ops.select_rows` lists; 0: the plans list positions.
+        lookahead: further masked positions it lists, computed but not decoded.
+    """
 
     needs: CacheNeeds
     drops_tail_at_eos: bool
+    tests_drift: bool
+    num_candidates: int
+    window: int
+    lookahead: int
 
-    def plan(self, state: DecodeState) -> Plan | None:
-        """The next step, or None when the answer is finished."""
+    def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
+        """The next step, of which so many rows and candidates are listed on the device; None when
+        the answer is finished."""
         ...
 
     def observe(self, step: Step) -> None:

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
 from elastic_cache.plan import Plan
-from elastic_cache.state import DecodeState
 from elastic_cache.types import Step
 
 
@@ -34,31 +31,31 @@ class BlockPolicy:
 
     needs = CacheNeeds(keys_values=True, queries=False, inputs=False)
     drops_tail_at_eos = False
+    tests_drift = False
+    window = lookahead = 0
 
-    def __init__(self, state: DecodeState, settings: GenerationConfig, eos_id: int) -> None:
+    def __init__(self, masked: list[bool], settings: GenerationConfig, eos_id: int) -> None:
         self._is_dual = settings.policy == "dual"
         self._eos_id = eos_id
-        self._length = state.capacity
-        self._blocks = _blocks(state, settings.block_length)
+        self._length = len(masked)
+        self.num_candidates = min(settings.block_length, len(masked))
+        self._blocks = _blocks(masked, settings.block_length)
         self._per_step = _commits_per_step(settings.steps, self._blocks)
         self._block = 0
         self._step_in_block = 0
         self._num_left = self._blocks[0].num_masked if self._blocks else 0
         self._has_eos = False
 
-    def plan(self, state: DecodeState) -> Plan | None:
+    def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
         if self._block == len(self._blocks):
             return None
         block = self._blocks[self._block]
         end = block.end if self._is_dual else self._length
-        device = state.tokens.device
-        rows = torch.arange(block.start, end, dtype=torch.int32, device=device)
-        size = block.end - block.start
         return Plan(
             is_full=self._step_in_block == 0,
-            rows=rows,
-            candidates=rows[:size],
-            candidate_rows=torch.arange(size, device=device),
+            num_rows=end - block.start,
+            num_candidates=block.end - block.start,
+            listed=range(block.start, end),
             num_commits=self._num_commits(block),
         )
 
@@ -81,9 +78,8 @@ class BlockPolicy:
         return base + (self._step_in_block < extra)
 
 
-def _blocks(state: DecodeState, block_length: int) -> list[Block]:
+def _blocks(masked: list[bool], block_length: int) -> list[Block]:
     """Blocks from the first masked position to the end; blocks without a mask are left out."""
-    masked = state.masked[0].tolist()
     if True not in masked:
         return []
     starts = range(masked.index(True), len(masked), block_length)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
 from elastic_cache.plan import Plan
-from elastic_cache.policies.window import WindowSelector
-from elastic_cache.state import DecodeState
 from elastic_cache.types import Step
 
 
@@ -18,16 +16,16 @@ class NonePolicy:
 
     needs = CacheNeeds(keys_values=False, queries=False, inputs=False)
     drops_tail_at_eos = True
+    tests_drift = False
+    lookahead = 0
 
-    def __init__(self, state: DecodeState, settings: GenerationConfig) -> None:
-        self._selector = WindowSelector(state, settings.window, lookahead=0)
-        self._num_masked = int(state.masked.sum())
+    def __init__(self, masked: list[bool], settings: GenerationConfig) -> None:
+        self.window = min(settings.window, len(masked))
+        self.num_candidates = self.window
+        self._num_masked = sum(masked)
 
-    def plan(self, state: DecodeState) -> Plan | None:
-        if self._num_masked == 0:
-            return None
-        rows, candidates, candidate_rows = self._selector.select(state)
-        return Plan(True, rows, candidates, candidate_rows)
+    def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
+        return Plan(True, num_rows, num_candidates) if self._num_masked else None
 
     def observe(self, step: Step) -> None:
         self._num_masked = step.num_masked

@@ -1,0 +1,91 @@
+"""What the host learns of a step: one block of memory, read back in one copy.
+
+On a GPU the fields are views of a device block with a twin in pinned host memory; a step ends with
+one copy from the first to the second, which a captured graph contains, and the host waits for it
+once. On the CPU both are the same block and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+NUM_STATUS = 4
+STATUS_COMMITTED, STATUS_MASKED, STATUS_EOS_POSITION, STATUS_NOT_FINITE = range(NUM_STATUS)
+NUM_SEGMENTS = 5
+SEGMENT_WINDOW = 3
+
+
+@dataclass(frozen=True)
+class Report:
+    """S sequences, L layers, W candidates at most, k tracked tokens per layer."""
+
+    confidence: torch.Tensor  # float64 [W] of the candidates decoded in this step
+    token: torch.Tensor  # int64 [W] likewise
+    first_full_layer: torch.Tensor  # int32 [S] first layer the drift test sent to full mode, or L
+    status: torch.Tensor  # int32 [S, 4] what the commit reports
+    segments: torch.Tensor  # int32 [S, 5] kinds of the rows listed for the next step
+    candidates: torch.Tensor  # int32 [W] slots to decode in the next step, padded with -1
+    tracked: torch.Tensor  # int32 [L, S, k] positions chosen in this step, -1 = none
+    is_committed: torch.Tensor  # bool [W] which candidates of this step became text
+
+
+class ReportBlock:
+    """The memory behind a report.
+
+    Args:
+        device: where the operators run.
+        num_sequences, num_layers, num_candidates, track_num: S, L, W, k.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        num_sequences: int,
+        num_layers: int,
+        num_candidates: int,
+        track_num: int,
+    ) -> None:
+        s, w = num_sequences, num_candidates
+        self._layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "confidence": (torch.float64, (w,)),
+            "token": (torch.int64, (w,)),
+            "first_full_layer": (torch.int32, (s,)),
+            "status": (torch.int32, (s, NUM_STATUS)),
+            "segments": (torch.int32, (s, NUM_SEGMENTS)),
+            "candidates": (torch.int32, (w,)),
+            "tracked": (torch.int32, (num_layers, s, track_num)),
+            "is_committed": (torch.bool, (w,)),
+        }
+        assert list(self._layout) == [field.name for field in fields(Report)]
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._layout.values())
+        self._block = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._is_remote = device.type != "cpu"
+        self._pinned = self._block
+        if self._is_remote:
+            self._pinned = torch.zeros(size, dtype=torch.uint8).pin_memory()
+            self._copied = torch.cuda.Event()
+        self.device = self._views(self._block)
+
+    def copy(self) -> None:
+        """Enqueues the copy to the host; may be captured."""
+        if self._is_remote:
+            self._pinned.copy_(self._block, non_blocking=True)
+
+    def wait(self) -> Report:
+        """Waits for everything enqueued, the last copy included; the report as it is then."""
+        if not self._is_remote:
+            return self.device
+        self._copied.record()
+        self._copied.synchronize()
+        return self._views(self._pinned.clone())
+
+    def _views(self, block: torch.Tensor) -> Report:
+        views, start = [], 0
+        for dtype, shape in self._layout.values():
+            end = start + math.prod(shape) * dtype.itemsize
+            views.append(block[start:end].view(dtype).view(shape))
+            start = end
+        return Report(*views)

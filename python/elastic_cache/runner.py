@@ -1,0 +1,267 @@
+"""Runs planned steps: buffers of one sequence, its passes through the layers, and what ends a step.
+
+    window pass   the listed rows through the layers that reuse the cache, decode, commit, and the
+                  selection of the next rows; on a GPU one captured graph per number of rows
+    full pass     the layers from the first failing one on (or all) over every position, then the
+                  same end
+
+The subtle thing: on a GPU nobody looks at the drift test's verdict before the window pass is over.
+The commit itself refuses where a test has failed, the host learns of it from the report, and only
+then launches the full pass. So a step costs one read-back, and a refreshed one two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from elastic_cache import ops
+from elastic_cache.cache import Cache, CacheNeeds
+from elastic_cache.config import GenerationConfig
+from elastic_cache.decoding import CommitRule, Decoder
+from elastic_cache.forward import Forward
+from elastic_cache.models.weights import Model
+from elastic_cache.plan import Plan
+from elastic_cache.report import SEGMENT_WINDOW, Report, ReportBlock
+from elastic_cache.state import DecodeState, DriftTest, RowLists
+
+BUCKET = 16
+"""On a GPU rows are padded to a multiple of this, which is a product's granularity as well."""
+MAX_CAPTURED_ROWS = 128
+CAPACITY_STEP = 256
+"""On a GPU capacities are multiples of this, so that requests of other lengths find the graphs."""
+
+
+@dataclass(frozen=True)
+class RunnerShape:
+    """What must agree for a request to use a runner (and the graphs it has captured)."""
+
+    capacity: int
+    needs: CacheNeeds
+    num_candidates: int
+    track_num: int
+    selects_rows: bool
+    tests_drift: bool
+    has_noise: bool
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a request begins with; ids int64 [T] and masked bool [T] on the CPU."""
+
+    ids: torch.Tensor
+    masked: torch.Tensor
+    window: int
+    lookahead: int
+    settings: GenerationConfig
+
+
+def capacity_for(length: int, model: Model) -> int:
+    """Positions a runner has for a sequence of `length`."""
+    if model.device.type == "cpu":
+        return length
+    rounded = -(-length // CAPACITY_STEP) * CAPACITY_STEP
+    return max(length, min(rounded, model.config.max_length))
+
+
+class Runner:
+    """Everything one sequence needs to be decoded, at fixed addresses; reusable by later requests.
+
+    Args:
+        model: weights and shape.
+        shape: sizes and kinds of the step.
+        capture: whether window passes on a GPU become CUDA graphs; without, the same kernels are
+            launched one by one, with the same results.
+    """
+
+    def __init__(self, model: Model, shape: RunnerShape, capture: bool) -> None:
+        device, depth = model.device, model.config.num_layers
+        self.shape = shape
+        self._depth = depth
+        self._is_padded = device.type != "cpu"
+        self._report = ReportBlock(device, 1, depth, shape.num_candidates, shape.track_num)
+        report = self._report.device
+        self._state = DecodeState.allocate(report, shape.capacity)
+        self._lists = RowLists.allocate(report, max(shape.capacity, MAX_CAPTURED_ROWS))
+        self._drift = DriftTest(self._state) if shape.tests_drift else None
+        cache = Cache(model.config, 1, shape.capacity, shape.needs, device, model.dtype)
+        self._forward = Forward(model, cache, len(self._lists.rows))
+        self._decoder = Decoder(model, shape.num_candidates, shape.has_noise)
+        self._rule = CommitRule(1, device)
+        self._graphs = Graphs(device) if capture and self._is_padded else None
+        self._length = 0
+        self._listed: range | None = None
+        self._plan: Plan | None = None
+
+    @torch.inference_mode()
+    def start(self, start: Start) -> Report:
+        """Begins a sequence; the report says how many rows its first step has."""
+        self._length, self._listed, self._plan = len(start.ids), None, None
+        self._state.start(start.ids, start.masked)
+        self._state.first_full_layer.fill_(self._depth)
+        self._lists.window.fill_(start.window)
+        self._lists.lookahead.fill_(start.lookahead)
+        self._decoder.start(start.settings)
+        self._rule.start(start.settings)
+        if self._drift is not None:
+            self._drift.gamma.fill_(start.settings.gamma)
+        self._select_rows()
+        self._report.copy()
+        return self._report.wait()
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> None:
+        """Enqueues a step; on the CPU it is done on return, but for a refresh."""
+        self._plan = plan
+        if plan.listed is not None:
+            self._list_rows(plan)
+        if plan.num_commits is not None:
+            self._rule.fix(plan.num_commits)
+        num_candidates = self._num_candidates(plan)
+        self._decoder.draw(num_candidates)
+        if plan.is_full:
+            self._run_full(0, num_candidates)
+            return
+        num_rows = self._num_rows(plan)
+        if self._graphs is None or num_rows > MAX_CAPTURED_ROWS:
+            self._run_window(num_rows, num_candidates)
+        else:
+            self._graphs.run(num_rows, lambda: self._run_window(num_rows, num_candidates))
+
+    @torch.inference_mode()
+    def finish(self) -> tuple[int, Report]:
+        """Waits for the step, running the layers that its drift test sent to full mode.
+
+        Returns the first layer that ran in full mode (L when none did) and the report.
+        """
+        assert self._plan is not None, "launch comes first"
+        first_full = 0 if self._plan.is_full else self._depth
+        report = self._report.wait()
+        if self._drift is not None and not self._plan.is_full:
+            first_full = int(report.first_full_layer[0])
+            if first_full < self._depth:
+                self._run_full(first_full, self._num_candidates(self._plan))
+                report = self._report.wait()
+        return first_full, report
+
+    def _num_rows(self, plan: Plan) -> int:
+        if not self._is_padded or plan.num_rows > MAX_CAPTURED_ROWS:
+            return plan.num_rows
+        return -(-plan.num_rows // BUCKET) * BUCKET
+
+    def _num_candidates(self, plan: Plan) -> int:
+        return self.shape.num_candidates if self._is_padded else plan.num_candidates
+
+    def _run_window(self, num_rows: int, num_candidates: int) -> None:
+        lists, state = self._lists, self._state
+        state.first_full_layer.fill_(self._depth)
+        rows = lists.rows[:num_rows]
+        if self._forward.run_rows(rows, lists.segments, state, self._drift):
+            self._end_step(lists.window_rows[:num_candidates], num_rows, self._drift is not None)
+
+    def _run_full(self, first: int, num_candidates: int) -> None:
+        lists = self._lists
+        candidates = lists.candidates[:num_candidates]
+        self._forward.run_full(
+            first, self._length, candidates, lists.window_segments, self._state, self._drift,
+            embeds=self._plan is not None and self._plan.is_full,
+        )  # fmt: skip
+        self._end_step(candidates, self._length, has_verdict=False)
+
+    def _end_step(self, index: torch.Tensor, num_rows: int, has_verdict: bool) -> None:
+        """Decodes and commits the candidates, found at `index` among the rows of the pass."""
+        report, state, rule = self._report.device, self._state, self._rule
+        count = len(index)
+        token, confidence = report.token[:count], report.confidence[:count]
+        candidates = report.candidates[:count]
+        self._decoder.decode(self._forward.hidden(index, num_rows), token, confidence)
+        ops.commit(
+            token,
+            confidence,
+            candidates,
+            rule.rule,
+            rule.amount,
+            state.key_range,
+            self.shape.eos_id,
+            state.first_full_layer if has_verdict else None,
+            self._depth,
+            state.tokens,
+            state.masked,
+            state.committed,
+            state.eos_position,
+            state.status,
+        )
+        at = candidates.clamp(min=0)
+        torch.index_select(state.committed.view(-1), 0, at, out=report.is_committed[:count])
+        if self.shape.selects_rows:
+            self._select_rows()
+        self._report.copy()
+
+    def _select_rows(self) -> None:
+        """Lists the rows of the next step."""
+        state, lists = self._state, self._lists
+        ops.select_rows(
+            state.masked,
+            state.committed,
+            state.tracked,
+            lists.window,
+            lists.lookahead,
+            lists.rows,
+            lists.segments,
+            lists.window_rows,
+        )
+        torch.index_select(lists.rows, 0, lists.window_rows.clamp(min=0), out=lists.candidates)
+        lists.candidates.masked_fill_(lists.window_rows < 0, -1)
+        lists.window_segments[:, SEGMENT_WINDOW] = lists.segments[:, SEGMENT_WINDOW]
+
+    def _list_rows(self, plan: Plan) -> None:
+        """Lists the positions that the plan names, unless they are listed already."""
+        if plan.listed == self._listed:
+            return
+        assert plan.listed is not None
+        lists, count, self._listed = self._lists, plan.num_candidates, plan.listed
+        slots = torch.arange(plan.listed.start, plan.listed.stop, dtype=torch.int32)
+        lists.rows.fill_(-1)[: len(slots)] = slots.to(lists.rows.device)
+        lists.candidates.fill_(-1)[:count] = slots[:count].to(lists.rows.device)
+        lists.window_rows.fill_(-1)[:count] = torch.arange(
+            count, dtype=torch.int32, device=lists.rows.device
+        )
+
+
+class Graphs:
+    """Window passes as CUDA graphs, one per number of rows, in one memory pool.
+
+    The first pass of a size runs as it is, which loads its kernels; the second is captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+
+    def run(self, size: int, function: Callable[[], None]) -> None:
+        """Does what `function` does."""
+        if size not in self._graphs:
+            self._graphs[size] = None
+            function()
+            return
+        graph = self._graphs[size]
+        if graph is None:
+            graph = self._graphs[size] = self._capture(function)
+        graph.replay()
+
+    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        # Not torch.cuda.graph, which empties torch's cache of memory and collects garbage.
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-def _why_no_cuda() -> str | None:
+def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():
@@ -23,7 +23,7 @@ def _why_no_cuda() -> str | None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The same test body on the CPU and, where there is a GPU, on CUDA."""
     if request.param == "cuda":
-        reason = _why_no_cuda()
+        reason = why_no_cuda()
         if reason is not None:
             pytest.skip(reason)
     return torch.device(request.param)

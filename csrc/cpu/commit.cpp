@@ -29,12 +29,9 @@ void collect(const CommitParams& p, int64_t s, std::vector<Candidate>& found) {
 bool is_accepted(CommitRule rule, double amount, double best, double confidence, int64_t rank) {
   if (rank == 1) return true;
   switch (rule) {
-    case CommitRule::kThreshold:
-      return confidence >= std::min(amount, best);
-    case CommitRule::kTopK:
-      return static_cast<double>(rank) <= amount;
-    case CommitRule::kFactor:
-      return confidence >= 1.0 - amount / static_cast<double>(rank + 1);
+    case CommitRule::kThreshold: return confidence >= std::min(amount, best);
+    case CommitRule::kTopK: return static_cast<double>(rank) <= amount;
+    case CommitRule::kFactor: return confidence >= 1.0 - amount / static_cast<double>(rank + 1);
   }
   return false;
 }
@@ -42,8 +39,7 @@ bool is_accepted(CommitRule rule, double amount, double best, double confidence,
 // Commits the accepted candidates, best first; returns the leftmost new EOS, or -1.
 int64_t commit_candidates(const CommitParams& p, int64_t s, std::vector<Candidate>& found) {
   std::sort(found.begin(), found.end(), [](const Candidate& a, const Candidate& b) {
-    return a.confidence > b.confidence ||
-           (a.confidence == b.confidence && a.position < b.position);
+    return a.confidence > b.confidence || (a.confidence == b.confidence && a.position < b.position);
   });
   const auto rule = static_cast<CommitRule>(p.rule[s]);
   int64_t rank = 0, eos = -1;
@@ -65,9 +61,8 @@ void commit_sequence(const CommitParams& p, int64_t s, std::vector<Candidate>& f
   std::fill(committed, committed + p.capacity, false);
 
   collect(p, s, found);
-  const auto not_finite =
-      std::count_if(found.begin(), found.end(),
-                    [](const Candidate& c) { return c.confidence != c.confidence; });
+  const auto not_finite = std::count_if(
+      found.begin(), found.end(), [](const Candidate& c) { return c.confidence != c.confidence; });
   if (not_finite == 0) {
     const int64_t eos = commit_candidates(p, s, found);
     if (p.eos_id >= 0 && eos >= 0 && p.eos_position[s] < 0) {

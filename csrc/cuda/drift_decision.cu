@@ -1,7 +1,7 @@
-// A block owns a sequence in one layer. A position's rank is one 64-bit key: its mass as an unsigned integer of
-// the same order, then the inverted position, so that equal masses go to the lower position and
-// the best is a plain integer maximum, whatever the order it is taken in. Layers that fail meet in an
-// integer minimum, which has no order either.
+// A block owns a sequence in one layer. A position's rank is one 64-bit key: its mass as an
+// unsigned integer of the same order, then the inverted position, so that equal masses go to the
+// lower position and the best is a plain integer maximum, whatever the order it is taken in. Layers
+// that fail meet in an integer minimum, which has no order either.
 #include "elastic_cache/drift_decision.h"
 
 #include "common/launch.h"

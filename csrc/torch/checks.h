@@ -26,7 +26,9 @@ enum class Type { kModel, kBool, kInt32, kInt64, kFloat32, kFloat64 };  // kMode
 
 enum class Memory {
   kContiguous,
-  kRows,  // [rows, width]: each row contiguous, rows any distance apart
+  kRows,    // [rows, width]: each row contiguous, rows any distance apart
+  kMatrix,  // the same; on a GPU, whose products are the vendor's, columns may be contiguous
+            // instead
 };
 
 struct Argument {
@@ -191,9 +193,13 @@ class Checks {
   void check_layout(const Argument& argument) const {
     const Tensor& tensor = *argument.tensor;
     const int64_t last = tensor.dim() - 1;
+    const auto is_dense = [&](int64_t dim) {
+      return tensor.size(dim) <= 1 || tensor.stride(dim) == 1;
+    };
     const bool is_contiguous = argument.memory == Memory::kContiguous || last < 0
                                    ? tensor.is_contiguous()
-                                   : tensor.size(last) <= 1 || tensor.stride(last) == 1;
+                                   : is_dense(last) || (argument.memory == Memory::kMatrix &&
+                                                        tensor.is_cuda() && is_dense(last - 1));
     if (!is_contiguous) {
       fail(argument.name, " must ",
            argument.memory == Memory::kContiguous ? "be contiguous" : "have contiguous rows",

@@ -22,8 +22,9 @@ void check_rules(const Checks& check, const Tensor& rule) {
 
 void commit(const Tensor& token, const Tensor& confidence, const Tensor& candidates,
             const Tensor& rule, const Tensor& amount, const Tensor& key_range, int64_t eos_id,
-            const std::optional<Tensor>& first_full_layer, int64_t num_layers, const Tensor& tokens, const Tensor& masked, const Tensor& committed,
-            const Tensor& eos_position, const Tensor& status) {
+            const std::optional<Tensor>& first_full_layer, int64_t num_layers, const Tensor& tokens,
+            const Tensor& masked, const Tensor& committed, const Tensor& eos_position,
+            const Tensor& status) {
   const Checks check("commit", {{"token", token, Type::kInt64},
                                 {"confidence", confidence, Type::kFloat64},
                                 {"candidates", candidates, Type::kInt32},

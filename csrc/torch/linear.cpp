@@ -30,7 +30,7 @@ void vendor_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
 void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
             const Tensor& out) {
   const Checks check("linear", {{"x", x, Type::kModel, Memory::kRows},
-                                {"weight", weight, Type::kModel, Memory::kRows},
+                                {"weight", weight, Type::kModel, Memory::kMatrix},
                                 {"bias", bias, Type::kModel},
                                 {"out", out, Type::kModel}});
   check.shape("x", x, {{"rows"}, {"in_features"}});

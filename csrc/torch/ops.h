@@ -61,7 +61,8 @@ void token_confidence(const Tensor& logits, const std::optional<Tensor>& noise, 
 
 void commit(const Tensor& token, const Tensor& confidence, const Tensor& candidates,
             const Tensor& rule, const Tensor& amount, const Tensor& key_range, int64_t eos_id,
-            const std::optional<Tensor>& first_full_layer, int64_t num_layers, const Tensor& tokens, const Tensor& masked, const Tensor& committed,
-            const Tensor& eos_position, const Tensor& status);
+            const std::optional<Tensor>& first_full_layer, int64_t num_layers, const Tensor& tokens,
+            const Tensor& masked, const Tensor& committed, const Tensor& eos_position,
+            const Tensor& status);
 
 }  // namespace elastic_cache::ops

@@ -11,16 +11,17 @@ void output_mlp(const Tensor& attention, const Tensor& out_weight, const Tensor&
                 const Tensor& norm_weight, double eps, const Tensor& gate_up_weight,
                 const Tensor& down_weight, const Tensor& hidden, const Tensor& gate_up,
                 const Tensor& activation, const Tensor& delta) {
-  const Checks check("output_mlp", {{"attention", attention, Type::kModel},
-                                    {"out_weight", out_weight, Type::kModel, Memory::kRows},
-                                    {"residual", residual, Type::kModel},
-                                    {"norm_weight", norm_weight, Type::kModel},
-                                    {"gate_up_weight", gate_up_weight, Type::kModel, Memory::kRows},
-                                    {"down_weight", down_weight, Type::kModel, Memory::kRows},
-                                    {"hidden", hidden, Type::kModel},
-                                    {"gate_up", gate_up, Type::kModel},
-                                    {"activation", activation, Type::kModel},
-                                    {"delta", delta, Type::kModel}});
+  const Checks check("output_mlp",
+                     {{"attention", attention, Type::kModel},
+                      {"out_weight", out_weight, Type::kModel, Memory::kMatrix},
+                      {"residual", residual, Type::kModel},
+                      {"norm_weight", norm_weight, Type::kModel},
+                      {"gate_up_weight", gate_up_weight, Type::kModel, Memory::kMatrix},
+                      {"down_weight", down_weight, Type::kModel, Memory::kMatrix},
+                      {"hidden", hidden, Type::kModel},
+                      {"gate_up", gate_up, Type::kModel},
+                      {"activation", activation, Type::kModel},
+                      {"delta", delta, Type::kModel}});
   check.shape("residual", residual, {{"rows"}, {"width"}});
   const Dim rows{"rows", residual.size(0)}, width{"width", residual.size(1)};
   check.shape("activation", activation, {rows, {"ffn_width"}});

@@ -284,7 +284,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
     Args:
         x: model [R, K], rows may be any distance apart.
-        weight: model [K, N], the transposed projection; rows may be any distance apart.
+        weight: model [K, N], the transposed projection; rows may be any distance apart, and on a
+            GPU columns may be contiguous instead.
         bias: model [N], or None.
         out: out, model [R, N].
 
@@ -337,7 +338,7 @@ def project_qkv(
         delta: model [R, d], or None.
         norm_weight: model [d].
         eps: as in `add_rms_norm`.
-        weight: model [d, (H + 2 Hkv) * D]; rows may be any distance apart.
+        weight: model [d, (H + 2 Hkv) * D], laid out as for `linear`.
         bias: model [(H + 2 Hkv) * D], or None.
         rows: int32 [R].
         rope: float32 [at least C, D], as `cache_write` takes it.
@@ -380,7 +381,7 @@ def output_mlp(
 
     Args:
         attention: model [R, H * D].
-        out_weight: model [H * D, d]; rows of the three matrices may be any distance apart.
+        out_weight: model [H * D, d]; the three matrices laid out as for `linear`.
         residual: in and out, model [R, d]; gets the projected attention added.
         norm_weight: model [d].
         eps: added to the mean square.

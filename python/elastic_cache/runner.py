@@ -141,11 +141,15 @@ class Runner:
         first_full = 0 if self._plan.is_full else self._depth
         report = self._report.wait()
         if self._drift is not None and not self._plan.is_full:
-            first_full = int(report.first_full_layer[0])
+            first_full = self._verdict(report)
             if first_full < self._depth:
                 self._run_full(first_full, self._num_candidates(self._plan))
                 report = self._report.wait()
         return first_full, report
+
+    def _verdict(self, report: Report) -> int:
+        """The first layer to run in full mode, L for none."""
+        return int(report.first_full_layer[0])
 
     def _num_rows(self, plan: Plan) -> int:
         if not self._is_padded or plan.num_rows > MAX_CAPTURED_ROWS:

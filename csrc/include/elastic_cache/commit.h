@@ -5,8 +5,8 @@
 // EOS (eos_id >= 0): the first time EOS is among the newly committed tokens of a sequence, every
 // masked position to the right of the leftmost one is dropped: no longer masked, token unchanged.
 // `committed` is overwritten: exactly the positions committed by this call are true.
-// Sequences that a drift test stopped (first_full_layer[s] < num_layers) are left as they are: their
-// hidden rows are wrong until the layers behind have been recomputed.
+// Sequences that a drift test stopped (first_full_layer[s] < num_layers) are left as they are:
+// their hidden rows are wrong until the layers behind have been recomputed.
 #pragma once
 
 #include "elastic_cache/types.h"
@@ -20,12 +20,12 @@ struct CommitParams {
   int64_t eos_id;          // -1: no EOS rule
   int64_t num_layers;      // L
 
-  const int64_t* token;        // [W]
-  const double* confidence;    // [W]
-  const int32_t* candidates;   // [W] slots, -1 = skip
-  const int32_t* rule;         // [S] CommitRule
-  const double* amount;        // [S] eps, k or factor
-  const int32_t* key_range;    // [S, 2] positions outside of it are never touched
+  const int64_t* token;             // [W]
+  const double* confidence;         // [W]
+  const int32_t* candidates;        // [W] slots, -1 = skip
+  const int32_t* rule;              // [S] CommitRule
+  const double* amount;             // [S] eps, k or factor
+  const int32_t* key_range;         // [S, 2] positions outside of it are never touched
   const int32_t* first_full_layer;  // [S], or null: every sequence commits
 
   int64_t* tokens;        // [S, C] in and out

@@ -1,0 +1,286 @@
+"""Times whole steps of a model with random weights, against the memory's speed and a peer.
+
+    python benchmarks/bench_step.py --shape llada-8b [--peer CHECKOUT] [--json FILE]
+
+A step is what a request waits for: launch, all layers with drift test, head, commit, selection of
+the next rows, read-back; wall time on the host, GPU idle before it. Rows of a step: a window (16),
+2 committed, up to 32 tracked, the rest lookahead. Before every step the state is put back (not
+timed), so that every step does the same work. The caches hold what a full pass left, never zeros.
+Refreshes are forced at a layer; everything else is as it is in a request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from elastic_cache.cache import CacheNeeds
+from elastic_cache.config import GenerationConfig
+from elastic_cache.models.weights import Model
+from elastic_cache.plan import Plan
+from elastic_cache.report import Report
+from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for
+from shapes import SHAPES, random_model
+
+WINDOW, NUM_COMMITTED, MAX_TRACKED = 16, 2, 32
+WARM_UP_STEPS = 5
+NEVER = -2.0  # a gamma below every cosine
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one kind of step."""
+
+    label: str
+    length: int
+    rows: int
+    steps: int
+    median: float
+    p95: float
+    p99: float
+    least: float
+
+    def __str__(self) -> str:
+        tail = self.p99 / self.median
+        return (
+            f"{self.label:<28}{self.length:>6}{self.rows:>6}{self.median:>10.3f}{self.p95:>10.3f}"
+            f"{self.p99:>10.3f}{tail:>8.3f}"
+        )
+
+
+class BenchRunner(Runner):
+    """A runner whose lists are given and whose verdict may be forced."""
+
+    forced_layer: int | None = None
+
+    def _verdict(self, report: Report) -> int:
+        return super()._verdict(report) if self.forced_layer is None else self.forced_layer
+
+    def set_lists(self, num_rows: int) -> Plan:
+        """Lists `num_rows` rows of the kinds a step has; decodes the window."""
+        window = min(WINDOW, num_rows // 2)
+        tracked = min(MAX_TRACKED, num_rows - window - NUM_COMMITTED)
+        lookahead = num_rows - window - NUM_COMMITTED - tracked
+        masked = self._state.masked[0].nonzero().flatten()
+        text = (~self._state.masked[0, : self._length]).nonzero().flatten()
+        chosen = text[torch.randperm(len(text), device=text.device)[: tracked + NUM_COMMITTED]]
+        kinds = (chosen[:tracked], chosen[tracked:], masked[: window + lookahead])
+        rows, lists = torch.cat([kind.sort().values for kind in kinds]).int(), self._lists
+        first = tracked + NUM_COMMITTED
+        lists.rows.fill_(-1)[:num_rows] = rows
+        lists.segments.copy_(torch.tensor([[0, tracked, NUM_COMMITTED, window, lookahead]]))
+        lists.window_rows.fill_(-1)[:window] = torch.arange(
+            first, first + window, dtype=torch.int32, device=rows.device
+        )
+        lists.candidates.fill_(-1)[:window] = rows[first : first + window]
+        lists.window_segments.copy_(torch.tensor([[0, 0, 0, window, 0]]))
+        return Plan(False, num_rows, window)
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts state and lists back as they are now."""
+        tensors = [*vars(self._state).values(), *vars(self._lists).values()]
+        copies = [tensor.clone() for tensor in tensors]
+
+        def restore() -> None:
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
+
+        return restore
+
+
+def make_runner(model: Model, length: int, *, tests_drift: bool, capture: bool) -> BenchRunner:
+    """A runner after its full step, a third of the sequence still masked."""
+    shape = RunnerShape(
+        capacity=capacity_for(length, model),
+        needs=CacheNeeds(keys_values=True, queries=True, inputs=True),
+        num_candidates=WINDOW,
+        track_num=1,
+        selects_rows=True,
+        tests_drift=tests_drift,
+        has_noise=False,
+        eos_id=-1,
+    )
+    runner = BenchRunner(model, shape, capture)
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(3, model.config.vocab_size, (length,), generator=generator)
+    masked = torch.arange(length) >= length - length // 3
+    ids[masked] = model.config.mask_id
+    settings = GenerationConfig(window=WINDOW, gamma=NEVER, gen_length=int(masked.sum()))
+    runner.start(Start(ids, masked, WINDOW, 0, settings))
+    runner.launch(Plan(True, length, WINDOW))
+    runner.finish()
+    return runner
+
+
+def time_steps(
+    label: str, runner: BenchRunner, plan: Plan, length: int, steps: int, device: torch.device
+) -> Timing:
+    """Wall time of launch to finish; the state is put back before each."""
+    restore, times = runner.snapshot(), []
+    for index in range(WARM_UP_STEPS + steps):
+        with torch.inference_mode():
+            restore()
+        synchronize(device)
+        begin = time.perf_counter()
+        runner.launch(plan)
+        runner.finish()
+        if index >= WARM_UP_STEPS:
+            times.append(1e3 * (time.perf_counter() - begin))
+    with torch.inference_mode():
+        restore()
+    return summarize(label, length, plan.num_rows, times)
+
+
+def summarize(label: str, length: int, rows: int, times: list[float]) -> Timing:
+    ordered = sorted(times)
+
+    def share(part: float) -> float:
+        return ordered[min(int(part * len(ordered)), len(ordered) - 1)]
+
+    return Timing(
+        label, length, rows, len(times), statistics.median(times), share(0.95), share(0.99),
+        ordered[0],
+    )  # fmt: skip
+
+
+def time_full_step(runner: BenchRunner, length: int, steps: int, device: torch.device) -> Timing:
+    return time_steps("full step", runner, Plan(True, length, WINDOW), length, steps, device)
+
+
+def measure_length(
+    model: Model, length: int, rows: list[int], refreshes: list[int], steps: int
+) -> list[Timing]:
+    """All cells of one sequence length."""
+    timings, device, depth = [], model.device, model.config.num_layers
+
+    def add(timing: Timing) -> None:
+        timings.append(timing)
+        print(timing, flush=True)
+
+    for capture, name in ((True, "window step"), (False, "window step, eager")):
+        runner = make_runner(model, length, tests_drift=True, capture=capture)
+        for count in rows if capture else rows[:1]:
+            plan = runner.set_lists(count)
+            add(time_steps(name, runner, plan, length, steps if capture else 10, device))
+        if capture:
+            plan = runner.set_lists(max(32, rows[0]))
+            for layers in (k for k in refreshes if k <= depth):
+                runner.forced_layer = depth - layers
+                label = f"with {layers} layers refreshed"
+                add(time_steps(label, runner, plan, length, max(steps // 10, 10), device))
+            runner.forced_layer = None
+            add(time_full_step(runner, length, max(steps // 10, 10), device))
+        del runner
+    runner = make_runner(model, length, tests_drift=False, capture=True)
+    for count in rows:
+        plan = runner.set_lists(count)
+        add(time_steps("window step, no drift test", runner, plan, length, steps, device))
+    return timings
+
+
+def stream_rate(device: torch.device) -> float:
+    """Bytes per second of reading alone: the best of torch's reductions over 4 GiB."""
+    data = torch.empty(2**30, dtype=torch.int32, device=device).random_()
+    best = 0.0
+    for reduce in (torch.amax, torch.sum, lambda x: x.view(torch.float32).amax()):
+        reduce(data)
+        for _ in range(5):
+            synchronize(device)
+            begin = time.perf_counter()
+            reduce(data)
+            synchronize(device)
+            best = max(best, data.numel() * 4 / (time.perf_counter() - begin))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of the weights that every step reads."""
+    weights = model.weights
+    layers = [tensor for layer in weights.layers for tensor in vars(layer).values()]
+    used = [*layers, weights.head, weights.final_norm]
+    return sum(t.numel() * t.element_size() for t in used if t is not None)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    driver = ""
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def measure_peer(checkout: Path, model: Model, length: int, steps: int) -> list[Timing]:
+    """Fast-dLLM's dual-cache block step of 32 rows, all of them masked and half of them."""
+    from peers.fast_dllm import FastDLLM
+
+    peer = FastDLLM(checkout, model.config, model.weights, model.device)
+    timings = []
+    for masked in (32, 16):
+        times = peer.time_block_step(length, block_length=32, steps=steps, num_masked=masked)
+        label = f"Fast-dLLM dual, {masked} masked"
+        timings.append(summarize(label, length, 32, times))
+        print(timings[-1], flush=True)
+    return timings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llada-8b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--refreshes", type=int, nargs="+", default=[1, 8, 16, 31])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--peer", type=Path, help="a checkout of Fast-dLLM")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    where = environment(device)
+    print(where["gpu"] or "CPU", where["driver"], "torch", where["torch"], flush=True)
+    model = random_model(options.shape, device, getattr(torch, options.dtype))
+    rate, size = stream_rate(device), weight_bytes(model)
+    floor = 1e3 * size / rate
+    print(f"read-only stream {rate / 1e12:.2f} TB/s; weights {size / 1e9:.2f} GB: {floor:.2f} ms")
+    print(
+        f"{'milliseconds':<28}{'T':>6}{'rows':>6}{'median':>10}{'p95':>10}{'p99':>10}{'p99/50':>8}"
+    )
+    timings: list[Timing] = []
+    for length in options.lengths:
+        timings += measure_length(model, length, options.rows, options.refreshes, options.steps)
+        if options.peer is not None:
+            timings += measure_peer(options.peer, model, length, 20)
+    if options.json is not None:
+        result = {
+            "command": " ".join(["benchmarks/bench_step.py", *sys.argv[1:]]),
+            "environment": where,
+            "shape": asdict(model.config),
+            "stream_bytes_per_second": rate,
+            "weight_bytes": size,
+            "steps": [asdict(timing) for timing in timings],
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The engine on a GPU: the CPU's decisions, plain torch's precision, and one result however run.
+
+Teacher-forced: after every step the follower takes over the leader's tokens, rows and caches, so
+that each step is judged by itself, not by what rounding made of the steps before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import elastic_cache
+import pytest
+import torch
+from elastic_cache import decoding, forward, reference, runner
+from elastic_cache.config import GenerationConfig
+from elastic_cache.models import load_model
+from elastic_cache.models.weights import Model
+from elastic_cache.plan import Plan
+from elastic_cache.policies import make_policy
+from elastic_cache.problems import problems
+from elastic_cache.prompt import encode_prompt
+from elastic_cache.report import STATUS_MASKED
+from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for
+
+from tests.conftest import why_no_cuda
+from tests.tolerance import assert_close
+
+NUM_STEPS = 100
+SETTINGS = GenerationConfig(gen_length=96, gamma=0.9)
+
+pytestmark = pytest.mark.skipif(why_no_cuda() is not None, reason=str(why_no_cuda()))
+
+
+@dataclass
+class Pupil:
+    """A runner, and what it decoded last."""
+
+    runner: Runner
+    ops: ModuleType
+    logits: torch.Tensor | None = None
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> Model:
+    return load_model("tiny", torch.device("cpu"), torch.float32)
+
+
+def questions() -> Iterator[str]:
+    yield from (question for question, _ in problems(seed=11, count=20))
+
+
+def moved(model: Model, device: str, dtype: torch.dtype) -> Model:
+    return load_model(model.name, torch.device(device), dtype)
+
+
+def start(model: Model, question: str, ops: ModuleType) -> tuple[Pupil, Start]:
+    prompt = encode_prompt(model, question, SETTINGS.gen_length)
+    policy = make_policy(prompt.masked.tolist(), SETTINGS, model.config.eos_id)
+    shape = RunnerShape(
+        capacity=capacity_for(len(prompt.ids), model),
+        needs=policy.needs,
+        num_candidates=policy.num_candidates,
+        track_num=SETTINGS.track_num,
+        selects_rows=True,
+        tests_drift=True,
+        has_noise=False,
+        eos_id=model.config.eos_id,
+    )
+    begin = Start(prompt.ids, prompt.masked, policy.window, policy.lookahead, SETTINGS)
+    return Pupil(Runner(model, shape, capture=False), ops), begin
+
+
+@contextmanager
+def using(pupil: Pupil) -> Iterator[None]:
+    """The pupil's operators in place of the native ones; its logits are kept."""
+    modules = (decoding, forward, runner)
+    before = [module.ops for module in modules]
+
+    def keep(logits: torch.Tensor, *rest: torch.Tensor | None) -> None:
+        pupil.logits = logits.clone()
+        pupil.ops.token_confidence(logits, *rest)
+
+    recording = ModuleType("recording")
+    recording.__dict__.update(vars(pupil.ops))
+    recording.__dict__["token_confidence"] = keep
+    for module in modules:
+        module.ops = recording
+    try:
+        yield
+    finally:
+        for module, ops in zip(modules, before, strict=True):
+            module.ops = ops
+
+
+def take_over(follower: Runner, leader: Runner, length: int) -> None:
+    """The leader's tokens, flags, lists and caches."""
+    for mine, theirs in (
+        *_pairs(follower._state, leader._state),
+        *_pairs(follower._lists, leader._lists),
+    ):
+        if mine.shape == theirs.shape:
+            mine.copy_(theirs)
+            continue
+        size = min(mine.shape[-1], theirs.shape[-1])  # capacities differ between devices
+        mine.fill_(-1 if mine.dtype == torch.int32 else 0)
+        mine[..., :size] = theirs[..., :size].to(mine.device)
+    ours, others = follower._forward._cache.layers, leader._forward._cache.layers
+    for mine, theirs in zip(ours, others, strict=True):
+        for name in ("q", "k", "v", "x"):
+            getattr(mine, name)[:length] = getattr(theirs, name)[:length].to(mine.q)
+
+
+def _pairs(mine: object, theirs: object) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for name, tensor in vars(mine).items():
+        yield tensor, getattr(theirs, name)
+
+
+@torch.inference_mode()
+def lessons(models: list[tuple[Model, ModuleType]]) -> Iterator[list[tuple[Pupil, int, list]]]:
+    """Steps of all models side by side, the first one leading: pupil, first full layer, report."""
+    done = 0
+    for question in questions():
+        started = [start(model, question, ops) for model, ops in models]
+        reports = []
+        for pupil, begin in started:
+            with using(pupil):
+                reports.append(pupil.runner.start(begin))
+        is_first, length = True, len(started[0][1].ids)
+        while True:
+            segments = reports[0].segments[0].tolist()
+            plan = Plan(is_first, sum(segments[1:]), segments[3])
+            candidates = reports[0].candidates[: plan.num_candidates].tolist()
+            results = []
+            for index, (pupil, _) in enumerate(started):
+                with using(pupil):
+                    pupil.runner.launch(plan)
+                    first_full, report = pupil.runner.finish()
+                reports[index] = report
+                hits = report.is_committed[: len(candidates)].tolist()
+                commits = [
+                    (position, token)
+                    for position, token, hit in zip(
+                        candidates, report.token.tolist(), hits, strict=False
+                    )
+                    if hit
+                ]
+                results.append((pupil, first_full, [commits, report.tracked.tolist()]))
+            yield results
+            done += 1
+            leader = started[0][0].runner
+            for pupil, _ in started[1:]:
+                take_over(pupil.runner, leader, length)
+            is_first = False
+            if reports[0].status[0, STATUS_MASKED] == 0:
+                break
+        if done >= NUM_STEPS:
+            return
+
+
+def test_float32_decides_as_the_cpu_does(on_cpu: Model) -> None:
+    """Over 100 teacher-forced steps: first refreshed layer, commits, tokens, tracked tokens."""
+    from elastic_cache import ops
+
+    on_gpu = moved(on_cpu, "cuda", torch.float32)
+    count = 0
+    for (_, first, decisions), (_, other_first, others) in lessons([(on_cpu, ops), (on_gpu, ops)]):
+        assert first == other_first, f"step {count}"
+        assert decisions == others, f"step {count}"
+        count += 1
+    assert count >= NUM_STEPS
+
+
+def test_bfloat16_logits_are_as_good_as_plain_torch(on_cpu: Model) -> None:
+    """Against the same step in float64 on the same bfloat16 tokens, weights and caches."""
+    from elastic_cache import ops
+
+    native = moved(on_cpu, "cuda", torch.bfloat16)
+    truth = replace(
+        moved(on_cpu, "cuda", torch.float64), weights=_widened(native), dtype=torch.float64
+    )
+    count = 0
+    for native_step, plain_step, truth_step in lessons(
+        [(native, ops), (native, reference), (truth, reference)]
+    ):
+        if len({step[1] for step in (native_step, plain_step, truth_step)}) > 1:
+            continue  # a verdict near gamma: the passes are of different layers
+        logits = [step[0].logits for step in (native_step, truth_step, plain_step)]
+        assert_close(f"logits of step {count}", *logits, condition=0.0)  # type: ignore[arg-type]
+        count += 1
+    assert count >= NUM_STEPS * 0.9
+
+
+def _widened(model: Model):
+    weights = model.weights
+    wide = {n: t.double() for n, t in vars(weights).items() if isinstance(t, torch.Tensor)}
+    wide["rope"] = weights.rope
+    layers = tuple(
+        replace(
+            layer, **{n: t.double() for n, t in vars(layer).items() if isinstance(t, torch.Tensor)}
+        )
+        for layer in weights.layers
+    )
+    return replace(weights, layers=layers, **wide)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(policy="elastic", gamma=0.9),
+        dict(policy="elastic", gamma=2.0),
+        dict(policy="elastic", gamma=0.95, temperature=0.7, seed=3),
+        dict(policy="elastic", gamma=0.9, block_caching=False),
+        dict(policy="none"),
+        dict(policy="dual"),
+        dict(policy="prefix", block_length=16),
+    ],
+    ids=lambda s: "-".join(str(value) for value in s.values()),
+)
+def test_captured_equals_eager_and_repeats(dtype: str, settings: dict) -> None:
+    """Two captured runs, the second with the first one's graphs, and an eager one: every bit."""
+    captured = elastic_cache.load("tiny", device="cuda", dtype=dtype)
+    eager = elastic_cache.load("tiny", device="cuda", dtype=dtype, capture=False)
+    question = next(questions())
+    settings = dict(gen_length=64, trace=True, **settings)
+    first, again, plain = (
+        engine.generate(question, **settings) for engine in (captured, captured, eager)
+    )
+    assert first.trace and len(first.trace) > 5
+    for other in (again, plain):
+        assert other.trace == first.trace
+        assert torch.equal(other.ids, first.ids)
+
+
+def test_a_failed_request_leaves_the_engine_usable() -> None:
+    """A poisoned key: the request says so, the next one gives the right answer."""
+    engine = elastic_cache.load("tiny", device="cuda")
+    question = next(questions())
+    expected = engine.generate(question, gen_length=64)
+    request = engine.stream(question, gen_length=64, gamma=-1.0)
+    next(request)
+    next(request)
+    with torch.inference_mode():
+        request._runner._forward._cache.layers[0].k[3].fill_(float("nan"))
+    with pytest.raises(elastic_cache.NonFiniteLogitsError, match="not finite"):
+        for _ in request:
+            pass
+    assert torch.equal(engine.generate(question, gen_length=64).ids, expected.ids)
+
+
+def test_requests_that_take_turns_do_not_mix() -> None:
+    engine = elastic_cache.load("tiny", device="cuda")
+    asked = list(questions())[:2]
+    alone = [engine.generate(question, gen_length=64).ids for question in asked]
+    requests = [engine.stream(question, gen_length=64) for question in asked]
+    while [request.step() for request in requests] != [None, None]:
+        pass
+    for request, ids in zip(requests, alone, strict=True):
+        assert torch.equal(request.result.ids, ids)

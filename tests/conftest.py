@@ -6,26 +6,16 @@ import zlib
 
 import pytest
 import torch
-
-
-def _why_no_cuda() -> str | None:
-    if torch.version.cuda is None:
-        return "this torch was built without CUDA"
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible"
-    kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not kernel("elastic_cache::swiglu", "CUDA"):
-        return "elastic_cache was built without CUDA kernels"
-    return None
+from elastic_cache.device import survey, why_unusable
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The same test body on the CPU and, where there is a GPU, on CUDA."""
     if request.param == "cuda":
-        reason = _why_no_cuda()
-        if reason is not None:
-            pytest.skip(reason)
+        problem = why_unusable(survey([0]), 0)
+        if problem is not None:
+            pytest.skip(problem.reason)
     return torch.device(request.param)
 
 

@@ -27,10 +27,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("models",),
     ("plan", "state"),
-    ("ops",),
+    ("ops", "device"),
     ("native",),
     ("reference",),
-    ("config", "types", "errors", "env", "problems"),
+    ("config", "types", "errors", "env", "memory", "problems"),
 )
 """From the edges down. A name is a module or a package, inside of which imports are free."""
 

@@ -22,6 +22,7 @@ from elastic_cache import ops
 from elastic_cache.cache import Cache
 from elastic_cache.config import GenerationConfig
 from elastic_cache.decoding import CommitRule, Decoder
+from elastic_cache.device import find_device
 from elastic_cache.errors import NonFiniteLogitsError
 from elastic_cache.forward import Forward
 from elastic_cache.models import load_model
@@ -52,19 +53,7 @@ def load(name: str, device: str = "cpu", dtype: str = "float32") -> Engine:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return Engine(load_model(name, _device(device), DTYPES[dtype]))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch sees no GPU: use device='cpu'")
-    return device
+    return Engine(load_model(name, find_device(device), DTYPES[dtype]))
 
 
 class Engine:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from elastic_cache.config import ModelConfig
+from elastic_cache.memory import check_memory
 from elastic_cache.models.checkpoint import CheckpointError, TensorFiles
 from elastic_cache.models.weights import LayerWeights, ModelWeights, rope_table
 
@@ -263,15 +264,23 @@ class _Source:
 def load_weights(
     files: TensorFiles, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> ModelWeights:
-    """All weights in `dtype` on `device`; every tensor is checked before memory is taken."""
+    """All weights in `dtype` on `device`; every tensor is checked before memory is taken.
+
+    Raises:
+        CheckpointError: a tensor is missing, not as the config says, or cannot be read.
+        ValueError: the GPU has too little free memory.
+    """
     names = _recognise(files)
     sources = []
     for source in _sources(config, names):
         files.check(source.name, source.shape)
         sources.append(source)
     _refuse_extra(files, {source.name for source in sources})
+    num_bytes = _allocate(config, torch.device("meta"), dtype).num_bytes
+    is_wide = dtype.itemsize > 2
+    check_memory(device, num_bytes, "the weights", "use dtype='bfloat16'" if is_wide else "")
     weights = _allocate(config, device, dtype)
-    files.copy_to({source.name: _destination(weights, source) for source in sources})
+    files.copy_to({source.name: _destination(weights, source) for source in sources}, device)
     return weights
 
 
@@ -331,14 +340,14 @@ def _refuse_extra(files: TensorFiles, expected: set[str]) -> None:
 def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelWeights:
     d, vocab = config.hidden_size, config.vocab_size
     embedding = torch.empty(vocab, d, dtype=dtype, device=device)
-    matrix = _transposed_empty if device.type == "cpu" else torch.empty
     shapes = _shapes(config)
     layers = []
     for _ in range(config.num_layers):
         fields: dict[str, Any] = {"qkv_bias": None}
         for field, parts in shapes.items():
             rows = sum(shape[0] for shape in parts)
-            make: Callable[..., torch.Tensor] = matrix if len(parts[0]) == 2 else torch.empty
+            is_matrix = len(parts[0]) == 2
+            make: Callable[..., torch.Tensor] = _transposed_empty if is_matrix else torch.empty
             fields[field] = make(rows, *parts[0][1:], dtype=dtype, device=device)
         layers.append(LayerWeights(**fields))
     tied = config.tie_embeddings
@@ -346,7 +355,7 @@ def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         embedding=embedding,
         layers=tuple(layers),
         final_norm=torch.empty(d, dtype=dtype, device=device),
-        head=embedding if tied else matrix(vocab, d, dtype=dtype, device=device),
+        head=embedding if tied else _transposed_empty(vocab, d, dtype=dtype, device=device),
         rope=rope_table(config.max_length, config.head_dim, config.rope_theta).to(device),
     )
 

@@ -1,8 +1,9 @@
 // window_attention and drift_attention on a GPU against float64 on the CPU, then their times.
 //
-//   nvcc -O3 -std=c++20 -Icsrc/include -Icsrc/cuda -arch=native -o probe
-//     tests/cuda/attention_probe.cu csrc/cuda/window_attention.cu csrc/cuda/drift_attention.cu
-//   ./probe          correctness, then the table      ./probe check     correctness alone
+//   cmake -S . -B build/cpp -G Ninja && cmake --build build/cpp --target attention_probe
+//   cd build/cpp/tests/cuda
+//   ./attention_probe          correctness, then the table
+//   ./attention_probe check    correctness alone; exit status 77 without a GPU
 //
 // Rule: error <= 2 x the error that rounding the inputs to the dtype makes in float64, plus noise
 // of the result's own format. Memory that must not be read holds NaN, as do outputs and workspaces.
@@ -345,6 +346,13 @@ void time_shape(int num_keys, int num_rows) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  int num_devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&num_devices);
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
+    std::printf("SKIP: %s\n", cudaGetErrorString(error));
+    return 77;  // what ctest is told to take for a skipped test
+  }
+  CHECK(error);
   cudaDeviceProp device;
   CHECK(cudaGetDeviceProperties(&device, 0));
   int driver = 0;

@@ -4,6 +4,7 @@
 //   cd build/cpp/tests/cuda
 //   ./attention_probe          correctness, then the table
 //   ./attention_probe check    correctness alone; exit status 77 without a GPU
+//   ./attention_probe overrun  writes 64 bytes too far, which memcheck must see (tests/sanitize.py)
 //
 // Rule: error <= 2 x the error that rounding the inputs to the dtype makes in float64, plus noise
 // of the result's own format. Memory that must not be read holds NaN, as do outputs and workspaces.
@@ -106,8 +107,9 @@ Op make_op(const Shape& shape, int num_sequences, int num_rows, int capacity) {
   return op;
 }
 
-// The first `num_rows` rows: all by drift_attention, fewer by window_attention.
-Result run(const Case& c, int num_rows) {
+// The first `num_rows` rows: all by drift_attention, fewer by window_attention. `out` is allocated
+// `missing_bytes` too short.
+Result run(const Case& c, int num_rows, size_t missing_bytes = 0) {
   const Shape& shape = c.shape;
   const bool is_whole = num_rows == c.num_rows();
   const Buffer q = upload(shape.dtype, c.q), k = upload(shape.dtype, c.k);
@@ -116,7 +118,7 @@ Result run(const Case& c, int num_rows) {
   const Buffer key_range(c.key_range);
   const size_t size = shape.dtype == DType::kBFloat16 ? 2 : 4;
   const size_t lanes = static_cast<size_t>(num_rows) * shape.heads;
-  const Buffer out(lanes * shape.dim * size), lse(lanes * sizeof(float));
+  const Buffer out(lanes * shape.dim * size - missing_bytes), lse(lanes * sizeof(float));
   const Buffer mass(c.shape.sequences.size() * c.capacity * sizeof(float));
   const Buffer similarity(c.shape.sequences.size() * sizeof(double));
   Op op = make_op(shape, c.num_sequences(), num_rows, c.capacity);
@@ -361,6 +363,11 @@ int main(int argc, char** argv) {
               CUDART_VERSION, driver);
   if (argc > 3 && std::string(argv[1]) == "time") {
     time_shape(std::atoi(argv[2]), std::atoi(argv[3]));
+    return 0;
+  }
+  if (argc > 1 && std::string(argv[1]) == "overrun") {
+    const Case c = rounded(make_case({DType::kBFloat16, 4, 4, 64, {{1, 1, 6, 0, 0, 40}}}));
+    run(c, c.num_rows(), 64);
     return 0;
   }
   const bool is_right = check_all();

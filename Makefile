@@ -1,6 +1,7 @@
 # make demo    set up, then a diffusion language model answers in the terminal
 # make test    set up, then every test: Python, C++, CUDA compile check
 # make lint    ruff, mypy          make format   ruff, clang-format
+# make sanitize  the CUDA kernels under compute-sanitizer; needs a GPU
 # make clean   remove what was built (the environment in .venv stays)
 
 # The active python if it has torch >= 2.11 and pip may install into it (a system python often
@@ -19,12 +20,12 @@ export PATH := $(dir $(PYTHON)):$(PATH)
 # One stamp per python, so that changing the environment installs into the new one.
 INSTALLED := build/setup$(PYTHON)/installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CUDA_SOURCES := $(filter %.cu,$(SOURCES))
+CUDA_SOURCES := $(filter csrc/cuda/%.cu,$(SOURCES))
 
 DEMO_PROMPT := Sam has 84 apples. Then Sam buys 5 crates with 5 apples in each crate. Then Sam \
 gives away 17 apples. How many apples does Sam have now?
 
-.PHONY: demo test lint format clean check-cuda
+.PHONY: demo test lint format clean check-cuda sanitize
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -32,10 +33,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	python -m pytest
-	cmake -S . -B build/cpp -G Ninja -D Python3_EXECUTABLE=$(PYTHON)
+	@$(MAKE) --no-print-directory check-cuda
+	$(CONFIGURE)
 	cmake --build build/cpp
 	ctest --test-dir build/cpp --output-on-failure
-	@$(MAKE) --no-print-directory check-cuda
 
 lint: $(INSTALLED)
 	ruff check .
@@ -68,8 +69,8 @@ $(VENV)/torch-installed:
 	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
 	@touch $@
 
-# --- CUDA: every kernel compiles for every architecture, with or without a GPU -----------------
-CUDA_OBJECTS := $(CUDA_SOURCES:csrc/cuda/%.cu=build/cuda/%.o)
+# --- C++ libraries and tests; every CUDA kernel compiles, with or without a GPU -----------------
+CONFIGURE := cmake -S . -B build/cpp -G Ninja -D Python3_EXECUTABLE=$(PYTHON)
 
 ifeq ($(CUDA_SOURCES),)
 check-cuda:
@@ -78,11 +79,14 @@ else ifeq ($(shell command -v nvcc),)
 check-cuda:
 	@echo "CUDA compile check skipped: nvcc is not installed"
 else
-check-cuda: $(CUDA_OBJECTS)
-	@echo "CUDA compile check passed: $(words $(CUDA_OBJECTS)) files for sm_80 and sm_90a"
+check-cuda: $(INSTALLED)
+	$(CONFIGURE) -D ELASTIC_CACHE_CUDA=on
+	cmake --build build/cpp --target cuda_objects
+	@echo "CUDA compile check passed: $(words $(CUDA_SOURCES)) files for sm_80 and sm_90a"
 endif
 
-build/cuda/%.o: csrc/cuda/%.cu $(filter %.h %.cuh,$(SOURCES))
-	@mkdir -p $(@D)
-	nvcc -O3 -std=c++20 -Icsrc/include -Icsrc/cuda -Xptxas --warn-on-spills \
-	  -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -c $< -o $@
+# --- CUDA: memory errors and races, on a machine with a GPU and a build with CUDA kernels --------
+sanitize: $(INSTALLED)
+	$(CONFIGURE) -D ELASTIC_CACHE_CUDA=on
+	cmake --build build/cpp --target attention_probe
+	python tests/sanitize.py --probe build/cpp/tests/cuda/attention_probe

@@ -97,10 +97,10 @@ def extension():
     if has_cuda:
         # USE_CUDA: torch's header declares what gives its current stream only then.
         macros += [("ELASTIC_CACHE_CUDA", None), ("USE_CUDA", None)]
-        # torch raises IndexError when no GPU is visible and no architecture is given. Only
-        # 9.0a, not 9.0, has wgmma. No nvcc flag may contain "arch": torch would then drop all
-        # -gencode flags, so -march stays with the host compiler.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+        # torch raises IndexError when no GPU is visible and no architecture is given. The PTX is
+        # what GPUs newer than 9.0 run; only 9.0a, not 9.0, has wgmma. No nvcc flag may contain
+        # "arch": torch would then drop all -gencode flags, so -march stays with the host compiler.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
         flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "-Xptxas", "-v,--warn-on-spills"]
     kind = CUDAExtension if has_cuda else CppExtension
     return kind(

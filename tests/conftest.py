@@ -6,17 +6,13 @@ import zlib
 
 import pytest
 import torch
+from elastic_cache.device import survey, why_unusable
 
 
 def why_no_cuda() -> str | None:
-    if torch.version.cuda is None:
-        return "this torch was built without CUDA"
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible"
-    kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not kernel("elastic_cache::swiglu", "CUDA"):
-        return "elastic_cache was built without CUDA kernels"
-    return None
+    """Why tests cannot run on the first GPU; None if they can."""
+    problem = why_unusable(survey([0]), 0)
+    return None if problem is None else problem.reason
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -29,10 +29,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("state",),
     ("plan", "report"),
-    ("ops",),
+    ("ops", "device"),
     ("native",),
     ("reference",),
-    ("config", "types", "errors", "env", "problems"),
+    ("config", "types", "errors", "env", "memory", "problems"),
 )
 """From the edges down. A name is a module or a package, inside of which imports are free."""
 

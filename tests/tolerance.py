@@ -3,7 +3,8 @@
 The truth is the reference run in float64 on the same inputs. Plain torch in the operator's dtype
 makes an error of its own; an operator may make at most twice the largest of it, plus the format
 noise of the result's dtype at each element (the rule of FlashAttention-3's tests). Exact operators
-are compared bit by bit instead.
+are compared bit by bit instead. Plain torch must be no luckier than the operator may be: where the
+order of a long sum is not ours to choose, `opcase.run_plain` sums in the plainest order.
 """
 
 from __future__ import annotations

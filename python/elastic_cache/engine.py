@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from elastic_cache.config import GenerationConfig
+from elastic_cache.device import find_device
 from elastic_cache.errors import NonFiniteLogitsError
+from elastic_cache.memory import check_memory
 from elastic_cache.models import load_model
 from elastic_cache.models.weights import Model
 from elastic_cache.policies import make_policy
@@ -30,7 +32,7 @@ from elastic_cache.report import (
     STATUS_MASKED,
     STATUS_NOT_FINITE,
 )
-from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for
+from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for, runner_bytes
 from elastic_cache.types import Generation, Message, Step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,19 +57,7 @@ def load(name: str, device: str = "cpu", dtype: str = "float32", capture: bool =
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return Engine(load_model(name, _device(device), DTYPES[dtype]), capture)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch sees no GPU: use device='cpu'")
-    return device
+    return Engine(load_model(name, find_device(device), DTYPES[dtype]), capture)
 
 
 class Engine:
@@ -141,10 +131,22 @@ class RunnerPool:
         self._idle: list[Runner] = []
 
     def take(self, shape: RunnerShape) -> Runner:
-        """A runner of that shape, an idle one if there is one."""
+        """A runner of that shape, an idle one if there is one.
+
+        Raises:
+            ValueError: the GPU has no room for it, even without the idle ones.
+        """
         for index in reversed(range(len(self._idle))):
             if self._idle[index].shape == shape:
                 return self._idle.pop(index)
+        needed, advice = runner_bytes(self._model, shape), "shorten the prompt or gen_length"
+        try:
+            check_memory(self._model.device, needed, "the caches of this request", advice)
+        except ValueError:
+            if not self._idle:
+                raise
+            self._idle.clear()
+            check_memory(self._model.device, needed, "the caches of this request", advice)
         return Runner(self._model, shape, self._capture)
 
     def give(self, runner: Runner) -> None:

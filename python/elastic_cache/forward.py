@@ -52,7 +52,7 @@ class Workspace:
     k_old: torch.Tensor  # [R, Hkv, D]
 
     @classmethod
-    def allocate(cls, model: Model, num_rows: int) -> Workspace:
+    def allocate(cls, model: Model, num_rows: int, device: torch.device) -> Workspace:
         c = model.config
         shapes = dict(
             residual=(c.hidden_size,),
@@ -69,12 +69,17 @@ class Workspace:
         buffers = {
             name: torch.empty(
                 (num_rows, *shape),
-                device=model.device,
+                device=device,
                 dtype=torch.float32 if name == "lse" else model.dtype,
             )
             for name, shape in shapes.items()
         }
         return cls(**buffers, attention_flat=buffers["attention"].flatten(1))
+
+    @property
+    def num_bytes(self) -> int:
+        buffers = {**vars(self), "attention_flat": self.lse[:0]}  # a view, not counted
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers.values())
 
     def rows(self, num_rows: int) -> Workspace:
         """The same buffers cut to their first `num_rows` rows."""
@@ -110,7 +115,7 @@ class Forward:
             for layer in weights.layers
         )
         slots = cache.num_sequences * cache.capacity
-        self._workspace = Workspace.allocate(model, max_rows)
+        self._workspace = Workspace.allocate(model, max_rows, model.device)
         self._all_slots = torch.arange(slots, dtype=torch.int32, device=model.device)
 
     def run_rows(
@@ -182,7 +187,8 @@ class Forward:
     def hidden(self, index: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Normalised output [W, d] of the last pass at `index`, int32 [W] rows of its `num_rows`;
         -1 gives any row."""
-        work, at = self._workspace.rows(num_rows), index.clamp(min=0)
+        # int64, because torch gathers rows much faster by it than by int32.
+        work, at = self._workspace.rows(num_rows), index.clamp(min=0).long()
         residual = work.residual.index_select(0, at)
         hidden = torch.empty_like(residual)
         ops.add_rms_norm(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
 from torch._ops import OpOverload
+
+_PATH = Path(__file__).parent / "_ops.abi3.so"
 
 
 def kernel(name: str) -> OpOverload:
@@ -18,16 +21,39 @@ def kernel(name: str) -> OpOverload:
     return op
 
 
+def cuda_archs() -> tuple[tuple[int, int], ...]:
+    """Compute capabilities that the CUDA kernels were compiled for; none in a build without CUDA.
+
+    Not all that they run on: see `has_cuda_code`.
+    """
+    try:
+        archs = ctypes.CDLL(str(_PATH)).elastic_cache_cuda_archs
+    except AttributeError:  # only a build with CUDA has it
+        return ()
+    archs.restype = ctypes.c_char_p
+    numbers = (int(number) // 10 for number in archs().decode().split(","))
+    return tuple(divmod(number, 10) for number in numbers)
+
+
+def has_cuda_code(index: int) -> bool:
+    """Whether the CUDA kernels of this build run on a GPU, in machine code or from PTX."""
+    try:
+        has_code = ctypes.CDLL(str(_PATH)).elastic_cache_has_cuda_code
+    except AttributeError:
+        return False
+    # A GPU that cannot be asked (-1) has a trouble of its own, which torch will report.
+    return has_code(ctypes.c_int(index)) != 0
+
+
 def _load() -> None:
     """Load the shared object beside this file; it registers schemas and kernels."""
-    path = Path(__file__).parent / "_ops.abi3.so"
-    if not path.exists():
+    if not _PATH.exists():
         raise ImportError(
-            f"elastic_cache: the native operators are not built ({path} is missing): run "
+            f"elastic_cache: the native operators are not built ({_PATH} is missing): run "
             "`pip install --no-build-isolation -e .` in the checkout"
         )
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(_PATH)
     except OSError as error:
         raise ImportError(
             f"elastic_cache: the native operators do not load with torch {torch.__version__} "

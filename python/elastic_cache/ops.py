@@ -280,7 +280,10 @@ def add_rms_norm(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = x weight + bias, for the few rows of a step; a row does not depend on the others.
+    """out = x weight + bias, for the few rows of a step.
+
+    On the CPU a row does not depend on the others. On a GPU this is the vendor's product, whose
+    sums may be in another order for another number of rows.
 
     Args:
         x: model [R, K], rows may be any distance apart.

@@ -21,7 +21,7 @@ from elastic_cache import ops
 from elastic_cache.cache import Cache, CacheNeeds
 from elastic_cache.config import GenerationConfig
 from elastic_cache.decoding import CommitRule, Decoder
-from elastic_cache.forward import Forward
+from elastic_cache.forward import Forward, Workspace
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
 from elastic_cache.report import SEGMENT_WINDOW, Report, ReportBlock
@@ -67,6 +67,17 @@ def capacity_for(length: int, model: Model) -> int:
     return max(length, min(rounded, model.config.max_length))
 
 
+def runner_bytes(model: Model, shape: RunnerShape) -> int:
+    """Device memory that a runner's caches and buffers will take."""
+    meta = torch.device("meta")
+    cache = Cache(model.config, 1, shape.capacity, shape.needs, meta, model.dtype)
+    return cache.num_bytes + Workspace.allocate(model, _max_rows(shape), meta).num_bytes
+
+
+def _max_rows(shape: RunnerShape) -> int:
+    return max(shape.capacity, MAX_CAPTURED_ROWS)
+
+
 class Runner:
     """Everything one sequence needs to be decoded, at fixed addresses; reusable by later requests.
 
@@ -85,7 +96,7 @@ class Runner:
         self._report = ReportBlock(device, 1, depth, shape.num_candidates, shape.track_num)
         report = self._report.device
         self._state = DecodeState.allocate(report, shape.capacity)
-        self._lists = RowLists.allocate(report, max(shape.capacity, MAX_CAPTURED_ROWS))
+        self._lists = RowLists.allocate(report, _max_rows(shape))
         self._drift = DriftTest(self._state) if shape.tests_drift else None
         cache = Cache(model.config, 1, shape.capacity, shape.needs, device, model.dtype)
         self._forward = Forward(model, cache, len(self._lists.rows))
@@ -126,10 +137,10 @@ class Runner:
             self._run_full(0, num_candidates)
             return
         num_rows = self._num_rows(plan)
-        if self._graphs is None or num_rows > MAX_CAPTURED_ROWS:
+        if num_rows > MAX_CAPTURED_ROWS:
             self._run_window(num_rows, num_candidates)
         else:
-            self._graphs.run(num_rows, lambda: self._run_window(num_rows, num_candidates))
+            self._run_captured(num_rows, lambda: self._run_window(num_rows, num_candidates))
 
     @torch.inference_mode()
     def finish(self) -> tuple[int, Report]:
@@ -173,7 +184,15 @@ class Runner:
             first, self._length, candidates, lists.window_segments, self._state, self._drift,
             embeds=self._plan is not None and self._plan.is_full,
         )  # fmt: skip
-        self._end_step(candidates, self._length, has_verdict=False)
+        self._run_captured(0, lambda: self._end_step(candidates, self._length, has_verdict=False))
+
+    def _run_captured(self, key: int, function: Callable[[], None]) -> None:
+        """Window passes by their number of rows; 0 is the end of a full pass, whose buffers are
+        the same whatever the sequence's length."""
+        if self._graphs is None:
+            function()
+        else:
+            self._graphs.run(key, function)
 
     def _end_step(self, index: torch.Tensor, num_rows: int, has_verdict: bool) -> None:
         """Decodes and commits the candidates, found at `index` among the rows of the pass."""
@@ -236,9 +255,9 @@ class Runner:
 
 
 class Graphs:
-    """Window passes as CUDA graphs, one per number of rows, in one memory pool.
+    """Pieces of work as CUDA graphs, by key, in one memory pool.
 
-    The first pass of a size runs as it is, which loads its kernels; the second is captured.
+    The first run of a piece is as it is, which loads its kernels; the second is captured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -246,15 +265,15 @@ class Graphs:
         self._stream = torch.cuda.Stream(device)
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
 
-    def run(self, size: int, function: Callable[[], None]) -> None:
-        """Does what `function` does."""
-        if size not in self._graphs:
-            self._graphs[size] = None
+    def run(self, key: int, function: Callable[[], None]) -> None:
+        """Does what `function` does, which must be the same for the same key."""
+        if key not in self._graphs:
+            self._graphs[key] = None
             function()
             return
-        graph = self._graphs[size]
+        graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[size] = self._capture(function)
+            graph = self._graphs[key] = self._capture(function)
         graph.replay()
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -1,8 +1,10 @@
 // window_attention and drift_attention on a GPU against float64 on the CPU, then their times.
 //
-//   nvcc -O3 -std=c++20 -Icsrc/include -Icsrc/cuda -arch=native -o probe
-//     tests/cuda/attention_probe.cu csrc/cuda/window_attention.cu csrc/cuda/drift_attention.cu
-//   ./probe          correctness, then the table      ./probe check     correctness alone
+//   cmake -S . -B build/cpp -G Ninja && cmake --build build/cpp --target attention_probe
+//   cd build/cpp/tests/cuda
+//   ./attention_probe          correctness, then the table
+//   ./attention_probe check    correctness alone; exit status 77 without a GPU
+//   ./attention_probe overrun  writes 64 bytes too far, which memcheck must see (tests/sanitize.py)
 //
 // Rule: error <= 2 x the error that rounding the inputs to the dtype makes in float64, plus noise
 // of the result's own format. Memory that must not be read holds NaN, as do outputs and workspaces.
@@ -105,8 +107,9 @@ Op make_op(const Shape& shape, int num_sequences, int num_rows, int capacity) {
   return op;
 }
 
-// The first `num_rows` rows: all by drift_attention, fewer by window_attention.
-Result run(const Case& c, int num_rows) {
+// The first `num_rows` rows: all by drift_attention, fewer by window_attention. `out` is allocated
+// `missing_bytes` too short.
+Result run(const Case& c, int num_rows, size_t missing_bytes = 0) {
   const Shape& shape = c.shape;
   const bool is_whole = num_rows == c.num_rows();
   const Buffer q = upload(shape.dtype, c.q), k = upload(shape.dtype, c.k);
@@ -115,7 +118,7 @@ Result run(const Case& c, int num_rows) {
   const Buffer key_range(c.key_range);
   const size_t size = shape.dtype == DType::kBFloat16 ? 2 : 4;
   const size_t lanes = static_cast<size_t>(num_rows) * shape.heads;
-  const Buffer out(lanes * shape.dim * size), lse(lanes * sizeof(float));
+  const Buffer out(lanes * shape.dim * size - missing_bytes), lse(lanes * sizeof(float));
   const Buffer mass(c.shape.sequences.size() * c.capacity * sizeof(float));
   const Buffer similarity(c.shape.sequences.size() * sizeof(double));
   Op op = make_op(shape, c.num_sequences(), num_rows, c.capacity);
@@ -345,6 +348,13 @@ void time_shape(int num_keys, int num_rows) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  int num_devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&num_devices);
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
+    std::printf("SKIP: %s\n", cudaGetErrorString(error));
+    return 77;  // what ctest is told to take for a skipped test
+  }
+  CHECK(error);
   cudaDeviceProp device;
   CHECK(cudaGetDeviceProperties(&device, 0));
   int driver = 0;
@@ -353,6 +363,11 @@ int main(int argc, char** argv) {
               CUDART_VERSION, driver);
   if (argc > 3 && std::string(argv[1]) == "time") {
     time_shape(std::atoi(argv[2]), std::atoi(argv[3]));
+    return 0;
+  }
+  if (argc > 1 && std::string(argv[1]) == "overrun") {
+    const Case c = rounded(make_case({DType::kBFloat16, 4, 4, 64, {{1, 1, 6, 0, 0, 40}}}));
+    run(c, c.num_rows(), 64);
     return 0;
   }
   const bool is_right = check_all();

@@ -1,4 +1,4 @@
-"""linear: x weight + bias, a row the same whatever rows it is computed with."""
+"""linear: x weight + bias, on the CPU a row the same whatever rows it is computed with."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from opcase import (
     check_close,
     check_contract,
     check_rejects_malformed,
+    linear_in_order,
     normal,
     poisoned,
     run,
@@ -82,14 +83,26 @@ def test_strided_operands(device: torch.device, rng: torch.Generator, dtype: tor
     check_close("linear", case)
 
 
-def test_a_row_does_not_depend_on_the_others(
-    device: torch.device, rng: torch.Generator, dtype: torch.dtype
-) -> None:
+def test_a_row_does_not_depend_on_the_others(rng: torch.Generator, dtype: torch.dtype) -> None:
+    """On the CPU; a GPU's product is the vendor's, whose kernel depends on the number of rows."""
+    device = torch.device("cpu")
     case = make_case(rng, device, dtype, 23, 300, 56)
     together = run(ops, "linear", case)["out"]
     for row in range(23):
         alone = {**case, "x": case["x"][row : row + 1], "out": case["out"][:1]}
         assert_same_bits("linear: out", run(ops, "linear", alone)["out"][0], together[row])
+
+
+def test_the_plainest_order_of_a_sum(device: torch.device, dtype: torch.dtype) -> None:
+    """What the vendor's sums are held against: 1 + 2^30 is rounded before 2^30 is taken off."""
+    x = torch.tensor([[2.0**30, -(2.0**30), 3.0]], dtype=dtype, device=device)
+    bias = torch.ones(1, dtype=dtype, device=device)
+    out = torch.empty(1, 1, dtype=dtype, device=device)
+    linear_in_order(x, torch.ones(3, 1, dtype=dtype, device=device), bias, out)
+    assert out.item() == 3.0
+    wide = torch.empty(1, 1, dtype=torch.float64, device=device)
+    linear_in_order(x.double(), torch.ones_like(x.double()).t(), bias.double(), wide)
+    assert wide.item() == 4.0
 
 
 def test_contract(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
@@ -105,5 +118,15 @@ def test_rejects(device: torch.device, rng: torch.Generator) -> None:
         ("out", case["out"][1:]),
     ):
         assert_rejected("linear", {**case, name: bad}, name, "must be [")
-    transposed = case["weight"].t().contiguous().t()
-    assert_rejected("linear", {**case, "weight": transposed}, "weight", "have contiguous rows")
+
+
+def test_weight_stored_out_by_in(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    """A GPU's weights lie so; the CPU's kernel does not read them."""
+    case = make_case(rng, device, dtype, 17, 40, 24)
+    case["weight"] = case["weight"].t().contiguous().t()
+    if device.type == "cpu":
+        assert_rejected("linear", case, "weight", "have contiguous rows")
+    else:
+        check_close("linear", case)

@@ -107,9 +107,9 @@ def test_strided_weights(device: torch.device, rng: torch.Generator, dtype: torc
     check_parts(case)
 
 
-def test_a_row_does_not_depend_on_the_others(
-    device: torch.device, rng: torch.Generator, dtype: torch.dtype
-) -> None:
+def test_a_row_does_not_depend_on_the_others(rng: torch.Generator, dtype: torch.dtype) -> None:
+    """On the CPU; a GPU's product is the vendor's, whose kernel depends on the number of rows."""
+    device = torch.device("cpu")
     case = make_case(rng, device, dtype, 23, 128, 128, 200)
     together = run(ops, "output_mlp", case)
     for row in range(23):

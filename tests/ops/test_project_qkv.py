@@ -113,9 +113,9 @@ def test_strided_weight(device: torch.device, rng: torch.Generator, dtype: torch
     check_parts({**case, "weight": spread_rows(case["weight"])})
 
 
-def test_a_row_does_not_depend_on_the_others(
-    device: torch.device, rng: torch.Generator, dtype: torch.dtype
-) -> None:
+def test_a_row_does_not_depend_on_the_others(rng: torch.Generator, dtype: torch.dtype) -> None:
+    """On the CPU; a GPU's product is the vendor's, whose kernel depends on the number of rows."""
+    device = torch.device("cpu")
     case = make_case(rng, device, dtype, 23, 128, (4, 4), 32)
     together = run(ops, "project_qkv", case)
     per_row = ("residual", "delta", "rows", "q_old", "k_old", "hidden", "qkv")

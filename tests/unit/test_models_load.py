@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import random_tensors, save_tensors, write_checkpoint
-from elastic_cache.models import Model, load_model
+from elastic_cache.device import survey, why_unusable
+from elastic_cache.models import CheckpointError, Model, load_model, staging
+from elastic_cache.models.checkpoint import TensorFiles
 
 CPU = torch.device("cpu")
 SIZES = {"d": 24, "kv": 12, "ffn": 20, "vocab": 33}
@@ -150,12 +152,69 @@ def test_integer_dtype_is_refused(tmp_path: Path) -> None:
         load(folder, torch.int8)
 
 
+@pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 200, 1000])
+@pytest.mark.parametrize("piece_bytes", [1, 3000, 2**20])
+@pytest.mark.parametrize("num_buffers", [1, 4])
+def test_pieces_of_a_tensor(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_rows: int,
+    piece_bytes: int,
+    num_buffers: int,
+) -> None:
+    """Every row lands in its place, whatever the pieces are, as it lies or transposed."""
+    monkeypatch.setitem(staging.PIECE_BYTES, "cpu", piece_bytes)
+    monkeypatch.setitem(staging.NUM_BUFFERS, "cpu", num_buffers)
+    file, width, before = tmp_path / "tensor", 11, 5
+    written = torch.randn(num_rows, width, generator=torch.Generator().manual_seed(num_rows))
+    file.write_bytes(bytes(before) + written.numpy().tobytes() + b"what follows")
+    straight = torch.empty(num_rows, width)
+    turned = torch.empty(width, num_rows, dtype=torch.float64).t()
+    vector = torch.empty(num_rows * width, dtype=torch.bfloat16)
+    pieces = []
+    for destination in (straight, turned, vector):
+        pieces += staging.split(file, before, torch.float32, destination)
+    assert max(piece.num_bytes for piece in pieces) <= max(piece_bytes, width * 4)
+    staging.copy_pieces(pieces, CPU)
+    assert torch.equal(straight, written)
+    assert torch.equal(turned, written.double())
+    assert torch.equal(vector, written.flatten().bfloat16())
+
+
+@pytest.mark.parametrize("num_buffers", [1, 4])
+def test_no_piece_at_all(monkeypatch: pytest.MonkeyPatch, num_buffers: int) -> None:
+    monkeypatch.setitem(staging.NUM_BUFFERS, "cpu", num_buffers)
+    staging.copy_pieces([], CPU)
+
+
+@pytest.mark.parametrize("num_buffers", [1, 4])
+def test_a_file_that_shrinks_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_buffers: int
+) -> None:
+    monkeypatch.setitem(staging.NUM_BUFFERS, "cpu", num_buffers)
+    folder = write_checkpoint(tmp_path, **SHAPE)
+    files, file = TensorFiles(folder), folder / "model.safetensors"
+    name, header = max(files.headers.items(), key=lambda item: item[1].offset)
+    with file.open("r+b") as shard:
+        shard.truncate(header.offset + 1)
+    destination = {name: torch.empty(header.shape)}
+    with pytest.raises(CheckpointError, match="model.safetensors could not be read: the file ends"):
+        files.copy_to(destination, CPU)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors could not be read: No such file"):
+        files.copy_to(destination, CPU)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("source", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_one_copy_and_one_shard(tmp_path: Path, dtype: str) -> None:
-    """Peak resident memory of a load stays below the weights, one shard and a small allowance."""
+def test_memory_is_one_copy_and_the_buffers(
+    tmp_path: Path, dtype: str, source: str, shards: int
+) -> None:
+    """Peak resident memory of a load, mapped pages included, stays below the weights, the buffers
+    and a small allowance, whatever the shards and the dtype of the checkpoint are."""
     shape = dict(num_layers=8, num_heads=8, head_dim=64, ffn=4096, vocab=2000)
-    folder = write_checkpoint(tmp_path, **shape, shards=4, dtype=torch.bfloat16)
-    shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+    folder = write_checkpoint(tmp_path, **shape, shards=shards, dtype=getattr(torch, source))
     # VmHWM and not getrusage, whose maximum a process inherits from the one that started it.
     program = f"""
 import torch
@@ -167,16 +226,17 @@ def peak():
 load_model("tiny", torch.device("cpu"), torch.float32)
 before = peak()
 model = load_model({str(folder)!r}, torch.device("cpu"), torch.{dtype})
-print(model.config.num_parameters * model.dtype.itemsize, peak() - before)
+print(model.weights.num_bytes, peak() - before)
 """
-    source = str(Path(__file__).parents[2] / "python")
+    package = str(Path(__file__).parents[2] / "python")
     output = subprocess.run(
-        [sys.executable, "-c", program], env={"PYTHONPATH": source}, check=True,
+        [sys.executable, "-c", program], env={"PYTHONPATH": package}, check=True,
         capture_output=True, text=True,
     )  # fmt: skip
     weights, used = (int(value) for value in output.stdout.split())
+    buffers = staging.NUM_BUFFERS["cpu"] * staging.PIECE_BYTES["cpu"]
     assert weights > 100 * 2**20, "too small to tell anything"
-    assert used < weights + shard + 24 * 2**20
+    assert used < weights + buffers + 24 * 2**20
 
 
 def test_model_remembers_how_it_was_loaded(tmp_path: Path) -> None:
@@ -184,3 +244,35 @@ def test_model_remembers_how_it_was_loaded(tmp_path: Path) -> None:
     model = load(folder, torch.bfloat16)
     assert (model.name, model.device, model.dtype) == (str(folder), CPU, torch.bfloat16)
     assert json.loads((folder / "config.json").read_text())["d_model"] == model.config.hidden_size
+
+
+def test_memory_of_a_load_to_the_gpu(tmp_path: Path) -> None:
+    """At most 1.1 times the weights on the GPU, converted or not; hardly anything on the host."""
+    problem = why_unusable(survey([0]), 0)
+    if problem is not None:
+        pytest.skip(problem.reason)
+    gpu = torch.device("cuda", 0)
+    shape = dict(num_layers=8, num_heads=8, head_dim=64, ffn=4096, vocab=20000)
+    folder = write_checkpoint(tmp_path, **shape, shards=2, dtype=torch.float32, seed=6)
+    expected = load(folder, torch.bfloat16).weights
+    load_model("tiny", gpu, torch.bfloat16)  # the context and the page-locked buffers
+    torch.cuda.empty_cache()
+    held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    host = peak_resident()
+    weights = load_model(str(folder), gpu, torch.bfloat16).weights
+    assert torch.cuda.memory_allocated() - held < 1.02 * weights.num_bytes
+    assert torch.cuda.max_memory_reserved() - reserved < 1.1 * weights.num_bytes + 24 * 2**20
+    assert peak_resident() - host < 128 * 2**20
+    for got, want in zip(
+        vars(weights.layers[3]).values(), vars(expected.layers[3]).values(), strict=True
+    ):
+        assert got is want is None or torch.equal(got.cpu(), want)
+    assert torch.equal(weights.head.cpu(), expected.head)
+    assert torch.equal(weights.embedding.cpu(), expected.embedding)
+
+
+def peak_resident() -> int:
+    """VmHWM and not getrusage, whose maximum a process inherits from the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

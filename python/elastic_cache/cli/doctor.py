@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -110,8 +111,11 @@ def _cuda() -> Iterator[Check]:
     import torch
 
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Check("GPU", ", ".join(names))
+        for i in range(torch.cuda.device_count()):
+            seen = torch.cuda.get_device_properties(i)
+            size = f"{seen.total_memory / 1e9:.0f} GB"
+            yield Check(f"GPU {i}", f"{seen.name}, capability {seen.major}.{seen.minor}, {size}")
+        yield Check("NVIDIA driver", _driver() or "unknown")
         return
     has_driver = Path("/proc/driver/nvidia/version").exists()
     needs_build = has_driver and torch.version.cuda is None
@@ -121,6 +125,54 @@ def _cuda() -> Iterator[Check]:
         "there is an NVIDIA driver, but this torch was built without CUDA" if needs_build else None,
         "install a CUDA build of torch, then build the operators again" if needs_build else None,
     )
+
+
+def _driver() -> str | None:
+    """The driver's version: as the kernel tells it, or, in a container, as nvidia-smi does."""
+    file = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d[\d.]*", file.read_text()) if file.exists() else None
+    if found:
+        return found[0]
+    smi = shutil.which("nvidia-smi")
+    lines = _output(smi, "--query-gpu=driver_version", "--format=csv,noheader") if smi else []
+    return lines[0] if lines else None
+
+
+def _cuda_kernels() -> Iterator[Check]:
+    try:
+        from elastic_cache import device
+    except ImportError:  # no operators at all, which _operators has said
+        return
+    cuda = device.survey(range(_count_gpus()))
+    archs = device.format_archs(cuda.archs)
+    yield Check("CUDA kernels", f"built for capability {archs}" if archs else "not built")
+    yield from judge_gpus(cuda)
+
+
+def judge_gpus(cuda: Any) -> Iterator[Check]:
+    """For each GPU of a `device.Cuda`, whether the kernels can use it, and all of them."""
+    from elastic_cache import device
+
+    for i, gpu in enumerate(cuda.gpus):
+        name, problem = f"kernels on GPU {i}", device.why_unusable(cuda, i)
+        if problem is not None:
+            yield Check(name, "cannot run", problem.reason, problem.fix)
+        elif gpu.shared_bytes < device.DRIFT_SHARED_BYTES:
+            yield Check(
+                name,
+                "run, with a limit",
+                f"the elastic policy needs {device.DRIFT_SHARED_BYTES // 1024} KB of shared memory "
+                f"a block at head_dim 128 (LLaDA-8B), {gpu.name} has {gpu.shared_bytes // 1024} KB",
+                "use policy='dual' or 'prefix' there",
+            )
+        else:
+            yield Check(name, "run")
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _compiler() -> Iterator[Check]:
@@ -210,6 +262,7 @@ _CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     _cuda,
     _compiler,
     _operators,
+    _cuda_kernels,
     _openmp,
     _embedded_model,
 )

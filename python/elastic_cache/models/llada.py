@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from elastic_cache.config import ModelConfig
+from elastic_cache.memory import check_memory
 from elastic_cache.models.checkpoint import CheckpointError, TensorFiles
 from elastic_cache.models.weights import LayerWeights, ModelWeights, rope_table
 
@@ -263,15 +264,23 @@ class _Source:
 def load_weights(
     files: TensorFiles, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> ModelWeights:
-    """All weights in `dtype` on `device`; every tensor is checked before memory is taken."""
+    """All weights in `dtype` on `device`; every tensor is checked before memory is taken.
+
+    Raises:
+        CheckpointError: a tensor is missing, not as the config says, or cannot be read.
+        ValueError: the GPU has too little free memory.
+    """
     names = _recognise(files)
     sources = []
     for source in _sources(config, names):
         files.check(source.name, source.shape)
         sources.append(source)
     _refuse_extra(files, {source.name for source in sources})
+    num_bytes = _allocate(config, torch.device("meta"), dtype).num_bytes
+    is_wide = dtype.itemsize > 2
+    check_memory(device, num_bytes, "the weights", "use dtype='bfloat16'" if is_wide else "")
     weights = _allocate(config, device, dtype)
-    files.copy_to({source.name: _destination(weights, source) for source in sources})
+    files.copy_to({source.name: _destination(weights, source) for source in sources}, device)
     return weights
 
 

@@ -35,8 +35,7 @@ __device__ void add_chunk(T* residual, const T* delta, T* cached, float* x) {
 }
 
 template <class T, int N>
-__device__ void normalise_chunk(const float* x, float inverse, const T* weight, T* out) {
-  const auto w = cuda::load_pack<T, N>(weight);
+__device__ void normalise_chunk(const float* x, float inverse, const cuda::Pack<T, N>& w, T* out) {
   cuda::Pack<T, N> result;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -49,6 +48,7 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads) add_rms_norm_kernel(AddRmsNormParams p) {
   __shared__ float shared[kThreads / cuda::kWarpSize];
   constexpr int64_t kStride = int64_t{kThreads} * N;
+  cuda::wait_for_previous();
   const int64_t row = blockIdx.x, base = row * p.width;
   auto* residual = static_cast<T*>(p.residual) + base;
   const T* delta = p.delta ? static_cast<const T*>(p.delta) + base : nullptr;
@@ -58,6 +58,12 @@ __global__ void __launch_bounds__(kThreads) add_rms_norm_kernel(AddRmsNormParams
   auto* out = static_cast<T*>(p.out) + base;
   const int64_t first = int64_t{threadIdx.x} * N;
 
+  cuda::Pack<T, N> weights[kMaxRounds];  // on their way while the sum is taken
+#pragma unroll
+  for (int round = 0; round < kMaxRounds; ++round) {
+    const int64_t i = first + round * kStride;
+    if (i < p.width) weights[round] = cuda::load_pack<T, N>(weight + i);
+  }
   float x[kMaxRounds][N], squares = 0.0f;
   const auto add = [&](int64_t i, float* values) {
     add_chunk<T, N>(residual + i, delta ? delta + i : nullptr, cached ? cached + i : nullptr,
@@ -80,14 +86,14 @@ __global__ void __launch_bounds__(kThreads) add_rms_norm_kernel(AddRmsNormParams
 #pragma unroll
   for (int round = 0; round < kMaxRounds; ++round) {
     const int64_t i = first + round * kStride;
-    if (i < p.width) normalise_chunk<T, N>(x[round], inverse, weight + i, out + i);
+    if (i < p.width) normalise_chunk<T, N>(x[round], inverse, weights[round], out + i);
   }
   for (int64_t i = first + kMaxRounds * kStride; i < p.width; i += kStride) {
     float values[N];
     const auto again = cuda::load_pack<T, N>(residual + i);
 #pragma unroll
     for (int n = 0; n < N; ++n) values[n] = to_float(again.data[n]);
-    normalise_chunk<T, N>(values, inverse, weight + i, out + i);
+    normalise_chunk<T, N>(values, inverse, cuda::load_pack<T, N>(weight + i), out + i);
   }
 }
 
@@ -98,8 +104,8 @@ bool is_aligned(const AddRmsNormParams& p) {
 
 template <class T, int N>
 void launch(const AddRmsNormParams& p, Stream stream) {
-  add_rms_norm_kernel<T, N><<<static_cast<unsigned int>(p.num_rows), kThreads, 0, stream>>>(p);
-  cuda::check_launch("add_rms_norm");
+  cuda::launch_overlapping("add_rms_norm", add_rms_norm_kernel<T, N>,
+                           dim3(static_cast<unsigned int>(p.num_rows)), kThreads, stream, p);
 }
 
 }  // namespace

@@ -24,14 +24,19 @@ __device__ void store(void* base, int64_t at, const cuda::Pack<T, N>& x) {
   cuda::store_pack(static_cast<T*>(base) + at, x);
 }
 
-// Copies cache[from] to old[to], or zero for a skipped row.
-template <class T, int N>
-__device__ void save(const void* cache, int64_t from, bool is_skipped, void* old, int64_t to) {
-  if (!old) return;
-  store<T, N>(old, to, is_skipped ? cuda::Pack<T, N>{} : load<T, N>(cache, from));
+template <int N>
+__device__ void load_floats(const float* from, float (&x)[N]) {
+  constexpr int kWidth = N % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int n = 0; n < N; n += kWidth) {
+    const auto pack = cuda::load_pack<float, kWidth>(from + n);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) x[n + i] = pack.data[i];
+  }
 }
 
-// One task of the q or k part: elements i .. i + N - 1 of both halves of a head.
+// One task of the q or k part: elements i .. i + N - 1 of both halves of a head. All loads come
+// before the first store: the compiler cannot know that they are of other places.
 template <class T, int N>
 __device__ void rotate_pairs(const CacheWriteParams& p, int64_t row, int64_t slot, int64_t task,
                              int64_t num_heads, int64_t source, void* cache, void* old) {
@@ -40,14 +45,22 @@ __device__ void rotate_pairs(const CacheWriteParams& p, int64_t row, int64_t slo
   const int64_t first = head * p.head_dim + i, width = num_heads * p.head_dim;
   const bool is_skipped = slot < 0;
   const int64_t at = (is_skipped ? 0 : slot) * width + first, saved = row * width + first;
-  save<T, N>(cache, at, is_skipped, old, saved);
-  save<T, N>(cache, at + half, is_skipped, old, saved + half);
-  if (is_skipped) return;
-
   const int64_t from = row * p.qkv_row_stride + source + first;
+  const float* rope = p.rope + (is_skipped ? 0 : slot % p.capacity) * p.head_dim + i;
+  float cosine[N], sine[N];
+  load_floats(rope, cosine);
+  load_floats(rope + half, sine);
   const cuda::Pack<T, N> a = load<T, N>(p.qkv, from), b = load<T, N>(p.qkv, from + half);
-  const float* cosine = p.rope + slot % p.capacity * p.head_dim + i;
-  const float* sine = cosine + half;
+  cuda::Pack<T, N> before[2] = {};
+  if (old && !is_skipped) {
+    before[0] = load<T, N>(cache, at);
+    before[1] = load<T, N>(cache, at + half);
+  }
+  if (old) {
+    store<T, N>(old, saved, before[0]);
+    store<T, N>(old, saved + half, before[1]);
+  }
+  if (is_skipped) return;
   cuda::Pack<T, N> left, right;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -61,6 +74,7 @@ __device__ void rotate_pairs(const CacheWriteParams& p, int64_t row, int64_t slo
 
 template <class T, int N>
 __global__ void cache_write_kernel(CacheWriteParams p) {
+  cuda::wait_for_previous();
   const int64_t row = blockIdx.x, slot = p.rows[row];
   const int64_t half = p.head_dim / 2, q_width = p.num_heads * p.head_dim;
   const int64_t kv_width = p.num_kv_heads * p.head_dim;
@@ -85,13 +99,12 @@ template <class T, int N>
 void launch(const CacheWriteParams& p, Stream stream) {
   const int64_t num_tasks = (p.num_heads + 2 * p.num_kv_heads) * p.head_dim / N;
   const dim3 grid(static_cast<unsigned int>(p.num_rows), cuda::blocks_for(num_tasks, kThreads));
-  cache_write_kernel<T, N><<<grid, kThreads, 0, stream>>>(p);
-  cuda::check_launch("cache_write");
+  cuda::launch_overlapping("cache_write", cache_write_kernel<T, N>, grid, kThreads, stream, p);
 }
 
 template <class T>
 bool is_aligned(const CacheWriteParams& p) {
-  return cuda::are_vectors<T>({p.qkv, p.q_cache, p.k_cache, p.v_cache, p.q_old, p.k_old},
+  return cuda::are_vectors<T>({p.qkv, p.rope, p.q_cache, p.k_cache, p.v_cache, p.q_old, p.k_old},
                               {p.head_dim / 2, p.qkv_row_stride});
 }
 

@@ -22,6 +22,7 @@ __device__ T gated(T gate, T up) {
 template <class T, int N>
 __global__ void swiglu_kernel(const T* gate_up, int64_t width, T* out) {
   const int64_t i = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * N, row = blockIdx.x;
+  cuda::wait_for_previous();
   if (i >= width) return;
   const T* from = gate_up + row * 2 * width + i;
   const auto gate = cuda::load_pack<T, N>(from), up = cuda::load_pack<T, N>(from + width);
@@ -34,9 +35,8 @@ __global__ void swiglu_kernel(const T* gate_up, int64_t width, T* out) {
 template <class T, int N>
 void launch(const SwigluParams& p, Stream stream) {
   const dim3 grid(static_cast<unsigned int>(p.num_rows), cuda::blocks_for(p.width, kThreads * N));
-  swiglu_kernel<T, N><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(p.gate_up), p.width,
-                                                     static_cast<T*>(p.out));
-  cuda::check_launch("swiglu");
+  cuda::launch_overlapping("swiglu", swiglu_kernel<T, N>, grid, kThreads, stream,
+                           static_cast<const T*>(p.gate_up), p.width, static_cast<T*>(p.out));
 }
 
 }  // namespace

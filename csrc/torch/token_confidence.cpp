@@ -20,15 +20,15 @@ void token_confidence(const Tensor& logits, const std::optional<Tensor>& noise, 
   check.shape("confidence", confidence, {{"rows", num_rows}});
   check.that(vocab_size >= 1, "logits must have at least one column, got 0");
 
-  ELASTIC_CACHE_LAUNCH(token_confidence, logits,
-                       {.dtype = check.dtype(),
-                        .num_rows = num_rows,
-                        .vocab_size = vocab_size,
-                        .logits_row_stride = logits.stride(0),
-                        .logits = input<void>(logits),
-                        .noise = input<double>(noise),
-                        .token = output<int64_t>(token),
-                        .confidence = output<double>(confidence)});
+  const TokenConfidenceParams params{.dtype = check.dtype(),
+                                     .num_rows = num_rows,
+                                     .vocab_size = vocab_size,
+                                     .logits_row_stride = logits.stride(0),
+                                     .logits = input<void>(logits),
+                                     .noise = input<double>(noise),
+                                     .token = output<int64_t>(token),
+                                     .confidence = output<double>(confidence)};
+  ELASTIC_CACHE_LAUNCH_WITH_WORKSPACE(token_confidence, logits, params);
 }
 
 }  // namespace elastic_cache::ops

@@ -58,4 +58,7 @@ inline constexpr int kClusterRows = 512;
 // for 12 tracked rows at 1024 keys, and every thread loads all it needs at once [c].
 inline constexpr int kCompareKeys = 64;
 
+// Logits of a block: 126,464 of them are 16 parts, so that the 16 rows of a window fill an H200.
+inline constexpr int64_t kVocabularyPart = 8192;
+
 }  // namespace elastic_cache::cuda

@@ -1,11 +1,14 @@
-// What every launcher needs: the dtype as a C++ type, and a launch that reports its error.
+// What every launcher needs: the dtype as a C++ type, and a launch that reports its error and may
+// overlap the end of the kernel before it.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "elastic_cache/types.h"
 
@@ -40,6 +43,45 @@ void allow_shared(Kernel* kernel, int64_t bytes, const char* op) {
   cudaGetLastError();  // it would be reported again by the next launch
   throw std::runtime_error(std::string(op) + ": head_dim is too large: a block would need " +
                            std::to_string(bytes) + " bytes of shared memory");
+}
+
+// Whether the current device can start a kernel before the one ahead of it in the stream has ended
+// (compute capability 9.0).
+inline bool can_overlap() {
+  constexpr int kMaxDevices = 64;
+  static std::array<signed char, kMaxDevices> known{};  // 0: not asked yet
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
+  if (known[device] == 0) {
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    known[device] = major >= 9 ? 1 : -1;
+  }
+  return known[device] > 0;
+}
+
+// Launches a kernel that may start while the last blocks of the one before it are still running. It
+// must call wait_for_previous() before it touches memory: an op's inputs may be what the kernel
+// before it, whoever launched that, is writing.
+template <class... Args>
+void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int num_threads,
+                        Stream stream, const std::type_identity_t<Args>&... args) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned int>(num_threads));
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = can_overlap() ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, args...);
+  check_launch(op);
+}
+
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
 }
 
 inline unsigned int blocks_for(int64_t items, int64_t per_block) {

@@ -19,9 +19,13 @@ struct TokenConfidenceParams {
 
   int64_t* token;      // [W] out
   double* confidence;  // [W] out
+
+  // CUDA only: token_confidence_workspace() bytes, aligned to 16; contents do not matter.
+  void* workspace = nullptr;
 };
 
 void token_confidence_cpu(const TokenConfidenceParams& params);
+int64_t token_confidence_workspace(const TokenConfidenceParams& params);
 void token_confidence_cuda(const TokenConfidenceParams& params, Stream stream);
 
 }  // namespace elastic_cache

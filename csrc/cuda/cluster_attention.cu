@@ -129,10 +129,15 @@ DriftAttentionParams widen(const WindowAttentionParams& p) {
           .q_cache = p.q_cache,
           .k_cache = p.k_cache,
           .v_cache = p.v_cache,
+          .q_old = nullptr,
+          .k_old = nullptr,
           .rows = p.rows,
+          .segments = nullptr,
           .key_range = p.key_range,
           .out = p.out,
-          .lse = p.lse};
+          .lse = p.lse,
+          .mass = nullptr,
+          .similarity = nullptr};
 }
 
 }  // namespace

@@ -48,11 +48,8 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype, seed: int 
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
-        # On the CPU weights are stored [in, out], models/weights.py says why.
-        shape = (columns, rows) if device.type == "cpu" else (rows, columns)
-        values = torch.empty(shape, dtype=dtype, device=device)
-        values.normal_(0.0, scale / columns**0.5, generator=generator)
-        return values.t() if device.type == "cpu" else values
+        values = torch.empty(columns, rows, dtype=dtype, device=device)
+        return values.normal_(0.0, scale / columns**0.5, generator=generator).t()
 
     def norm() -> torch.Tensor:
         weight = torch.empty(config.hidden_size, dtype=dtype, device=device)

@@ -26,20 +26,36 @@ __device__ int32_t position_of(const CommitParams& p, int64_t s, int64_t i) {
   return position >= p.key_range[2 * s] && position < p.key_range[2 * s + 1] ? position : -1;
 }
 
+// Some of the candidates, where every thread reads them.
+struct Tile {
+  double confidence[kThreads];
+  int32_t position[kThreads];
+};
+
 // How many candidates come before this one, and the best confidence of all.
 struct Standing {
   int64_t rank;
   double best;
 };
 
-__device__ Standing stand(const CommitParams& p, int64_t s, double confidence, int64_t position) {
+// Called by all threads of the block; a position of -1 asks for nothing.
+__device__ Standing stand(const CommitParams& p, int64_t s, double confidence, int32_t position,
+                          Tile& tile) {
   Standing standing{1, confidence};
-  for (int64_t i = 0; i < p.num_candidates; ++i) {
-    const int64_t other = position_of(p, s, i);
-    if (other < 0) continue;
-    const double value = p.confidence[i];
-    standing.rank += value > confidence || (value == confidence && other < position);
-    standing.best = value > standing.best ? value : standing.best;
+  for (int64_t first = 0; first < p.num_candidates; first += kThreads) {
+    const int64_t mine = first + threadIdx.x;
+    __syncthreads();  // the tile before has been read
+    tile.position[threadIdx.x] = mine < p.num_candidates ? position_of(p, s, mine) : -1;
+    if (mine < p.num_candidates) tile.confidence[threadIdx.x] = p.confidence[mine];
+    __syncthreads();
+    const int count = static_cast<int>(min(p.num_candidates - first, int64_t{kThreads}));
+    for (int i = 0; position >= 0 && i < count; ++i) {
+      const int32_t other = tile.position[i];
+      if (other < 0) continue;
+      const double value = tile.confidence[i];
+      standing.rank += value > confidence || (value == confidence && other < position);
+      standing.best = value > standing.best ? value : standing.best;
+    }
   }
   return standing;
 }
@@ -58,13 +74,14 @@ __device__ bool is_accepted(CommitRule rule, double amount, double confidence,
 }
 
 // Marks the accepted candidates; masks change only afterwards, because every thread reads them.
-__device__ void mark_accepted(const CommitParams& p, int64_t s, int* first_eos) {
+__device__ void mark_accepted(const CommitParams& p, int64_t s, Tile& tile, int* first_eos) {
   const auto rule = static_cast<CommitRule>(p.rule[s]);
-  for (int64_t i = threadIdx.x; i < p.num_candidates; i += kThreads) {
-    const int64_t position = position_of(p, s, i);
-    if (position < 0) continue;
-    const double confidence = p.confidence[i];
-    if (!is_accepted(rule, p.amount[s], confidence, stand(p, s, confidence, position))) continue;
+  for (int64_t first = 0; first < p.num_candidates; first += kThreads) {
+    const int64_t i = first + threadIdx.x;
+    const int32_t position = i < p.num_candidates ? position_of(p, s, i) : -1;
+    const double confidence = position >= 0 ? p.confidence[i] : 0.0;
+    const Standing standing = stand(p, s, confidence, position, tile);
+    if (position < 0 || !is_accepted(rule, p.amount[s], confidence, standing)) continue;
     p.tokens[s * p.capacity + position] = p.token[i];
     p.committed[s * p.capacity + position] = true;
     if (p.token[i] == p.eos_id) atomicMin(first_eos, static_cast<int>(position));
@@ -80,6 +97,7 @@ __device__ int count_flags(const bool* flags, int64_t count, int* shared) {
 
 __global__ void __launch_bounds__(kThreads) commit_kernel(CommitParams p) {
   __shared__ int shared[kWarps], first_eos;
+  __shared__ Tile tile;
   const int64_t s = blockIdx.x, begin = p.key_range[2 * s], end = p.key_range[2 * s + 1];
   if (p.first_full_layer && p.first_full_layer[s] < p.num_layers) return;
   bool* masked = p.masked + s * p.capacity;
@@ -91,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(CommitParams p) {
     not_finite += position_of(p, s, i) >= 0 && p.confidence[i] != p.confidence[i];
   }
   not_finite = cuda::block_sum(not_finite, shared);
-  if (not_finite == 0) mark_accepted(p, s, &first_eos);
+  if (not_finite == 0) mark_accepted(p, s, tile, &first_eos);
   __syncthreads();
 
   const bool cuts = p.eos_id >= 0 && first_eos != INT_MAX && p.eos_position[s] < 0;

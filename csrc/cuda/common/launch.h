@@ -78,9 +78,12 @@ void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int 
   check_launch(op);
 }
 
+// Waits for the kernel before this one to end, and lets the one behind it be launched: that one
+// then waits in turn for this one's end, so all that was ever written before is complete.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 

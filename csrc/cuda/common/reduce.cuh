@@ -35,6 +35,7 @@ __device__ inline T block_sum(T value, T* shared) {
   __syncthreads();
   const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
   T total = shared[0];
+#pragma unroll 16  // loads together, the sums in order
   for (int w = 1; w < num_warps; ++w) total += shared[w];
   __syncthreads();
   return total;

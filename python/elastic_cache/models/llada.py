@@ -340,14 +340,14 @@ def _refuse_extra(files: TensorFiles, expected: set[str]) -> None:
 def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelWeights:
     d, vocab = config.hidden_size, config.vocab_size
     embedding = torch.empty(vocab, d, dtype=dtype, device=device)
-    matrix = _transposed_empty if device.type == "cpu" else torch.empty
     shapes = _shapes(config)
     layers = []
     for _ in range(config.num_layers):
         fields: dict[str, Any] = {"qkv_bias": None}
         for field, parts in shapes.items():
             rows = sum(shape[0] for shape in parts)
-            make: Callable[..., torch.Tensor] = matrix if len(parts[0]) == 2 else torch.empty
+            is_matrix = len(parts[0]) == 2
+            make: Callable[..., torch.Tensor] = _transposed_empty if is_matrix else torch.empty
             fields[field] = make(rows, *parts[0][1:], dtype=dtype, device=device)
         layers.append(LayerWeights(**fields))
     tied = config.tie_embeddings
@@ -355,7 +355,7 @@ def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         embedding=embedding,
         layers=tuple(layers),
         final_norm=torch.empty(d, dtype=dtype, device=device),
-        head=embedding if tied else matrix(vocab, d, dtype=dtype, device=device),
+        head=embedding if tied else _transposed_empty(vocab, d, dtype=dtype, device=device),
         rope=rope_table(config.max_length, config.head_dim, config.rope_theta).to(device),
     )
 

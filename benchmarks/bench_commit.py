@@ -52,6 +52,7 @@ def make_case(data: Data, num_sequences: int, capacity: int, window: int) -> Cas
         native=native,
         plain=plain,
         num_bytes=num_bytes(token, confidence, candidates, tokens, masked, committed),
+        plain_waits=True,
     )
 
 

@@ -27,6 +27,7 @@ def make_case(data: Data, num_sequences: int, capacity: int) -> Case:
         native=lambda: ops.refresh_rows(first_full, key_range, 3, capacity, rows, offsets),
         plain=plain,
         num_bytes=num_bytes(rows, offsets, key_range),
+        plain_waits=True,
     )
 
 

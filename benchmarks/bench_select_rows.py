@@ -36,6 +36,7 @@ def make_case(data: Data, num_sequences: int, capacity: int, num_layers: int, wi
         ),
         plain=plain,
         num_bytes=num_bytes(masked, committed, tracked, rows, window_rows),
+        plain_waits=True,
     )
 
 

@@ -4,7 +4,8 @@
 
 A step is what a request waits for: launch, all layers with drift test, head, commit, selection of
 the next rows, read-back; wall time on the host, GPU idle before it. Rows of a step: a window (16),
-2 committed, up to 32 tracked, the rest lookahead. Before every step the state is put back (not
+2 committed, up to 12 tracked (the embedded model's 32 layers choose 12 different ones on average;
+--tracked), the rest lookahead. Before every step the state is put back (not
 timed), so that every step does the same work. The caches hold what a full pass left, never zeros.
 Refreshes are forced at a layer; everything else is as it is in a request.
 """
@@ -29,9 +30,10 @@ from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
 from elastic_cache.report import Report
 from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for
+from harness import stream_rate
 from shapes import SHAPES, random_model
 
-WINDOW, NUM_COMMITTED, MAX_TRACKED = 16, 2, 32
+WINDOW, NUM_COMMITTED = 16, 2
 WARM_UP_STEPS = 5
 NEVER = -2.0  # a gamma below every cosine
 
@@ -61,6 +63,7 @@ class BenchRunner(Runner):
     """A runner whose lists are given and whose verdict may be forced."""
 
     forced_layer: int | None = None
+    max_tracked = 12
 
     def _verdict(self, report: Report) -> int:
         return super()._verdict(report) if self.forced_layer is None else self.forced_layer
@@ -68,7 +71,7 @@ class BenchRunner(Runner):
     def set_lists(self, num_rows: int) -> Plan:
         """Lists `num_rows` rows of the kinds a step has; decodes the window."""
         window = min(WINDOW, num_rows // 2)
-        tracked = min(MAX_TRACKED, num_rows - window - NUM_COMMITTED)
+        tracked = min(self.max_tracked, num_rows - window - NUM_COMMITTED)
         lookahead = num_rows - window - NUM_COMMITTED - tracked
         masked = self._state.masked[0].nonzero().flatten()
         text = (~self._state.masked[0, : self._length]).nonzero().flatten()
@@ -187,21 +190,6 @@ def measure_length(
     return timings
 
 
-def stream_rate(device: torch.device) -> float:
-    """Bytes per second of reading alone: the best of torch's reductions over 4 GiB."""
-    data = torch.empty(2**30, dtype=torch.int32, device=device).random_()
-    best = 0.0
-    for reduce in (torch.amax, torch.sum, lambda x: x.view(torch.float32).amax()):
-        reduce(data)
-        for _ in range(5):
-            synchronize(device)
-            begin = time.perf_counter()
-            reduce(data)
-            synchronize(device)
-            best = max(best, data.numel() * 4 / (time.perf_counter() - begin))
-    return best
-
-
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -252,9 +240,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--refreshes", type=int, nargs="+", default=[1, 8, 16, 31])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tracked", type=int, default=12, help="tracked rows, at most")
     parser.add_argument("--peer", type=Path, help="a checkout of Fast-dLLM")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
+    BenchRunner.max_tracked = options.tracked
     device = torch.device(options.device)
     where = environment(device)
     print(where["gpu"] or "CPU", where["driver"], "torch", where["torch"], flush=True)

@@ -261,7 +261,9 @@ def test_memory_of_a_load_to_the_gpu(tmp_path: Path) -> None:
     torch.cuda.reset_peak_memory_stats()
     host = peak_resident()
     weights = load_model(str(folder), gpu, torch.bfloat16).weights
-    assert torch.cuda.memory_allocated() - held < 1.02 * weights.num_bytes
+    # Torch's allocator may give a tensor of some MB up to 1 MB more than it asked for.
+    num_tensors = 4 * len(weights.layers) + 2
+    assert torch.cuda.memory_allocated() - held <= weights.num_bytes + num_tensors * 2**20
     assert torch.cuda.max_memory_reserved() - reserved < 1.1 * weights.num_bytes + 24 * 2**20
     assert peak_resident() - host < 128 * 2**20
     for got, want in zip(

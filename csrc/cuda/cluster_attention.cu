@@ -129,15 +129,10 @@ DriftAttentionParams widen(const WindowAttentionParams& p) {
           .q_cache = p.q_cache,
           .k_cache = p.k_cache,
           .v_cache = p.v_cache,
-          .q_old = nullptr,
-          .k_old = nullptr,
           .rows = p.rows,
-          .segments = nullptr,
           .key_range = p.key_range,
           .out = p.out,
-          .lse = p.lse,
-          .mass = nullptr,
-          .similarity = nullptr};
+          .lse = p.lse};
 }
 
 }  // namespace

@@ -96,7 +96,7 @@ class Block {
       const int row = i * kThreads + thread_;
       slots[i] = row < p_.num_rows ? p_.rows[row] : INT_MAX;
     }
-    const int first = p_.key_range[2 * sequence_];
+    int first = p_.key_range[2 * sequence_];
     const int num_keys = max(p_.key_range[2 * sequence_ + 1] - first, 0);
     if constexpr (kDrift) find_segment();
     const int share = ((num_keys + num_ranks_ - 1) / num_ranks_ + 15) / 16 * 16;

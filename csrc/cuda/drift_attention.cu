@@ -1,8 +1,6 @@
-// window_attention, and column mass of the window rows and the cosine over heads, old against new.
+// window_attention, then column mass of the window rows and the cosine over heads, old against new.
 //
-// Where there are clusters of blocks, cluster_attention.cu does the attention and leaves the
-// probabilities. Elsewhere the attention comes first, then K is read once, by blocks of 128 keys
-// and one head; two kernels:
+// K is read once, by blocks of 128 keys and one head; two kernels:
 //   scan     scores of all lanes (window rows, tracked rows, tracked rows as they were) against the
 //            block's keys -> mass of this head; p_new and the old scores of tracked rows; maximum
 //            and sum of the old scores
@@ -19,7 +17,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cluster_attention.h"
 #include "common/heuristics.h"
 #include "common/launch.h"
 #include "common/mma.cuh"
@@ -27,7 +24,6 @@
 #include "common/vector.cuh"
 #include "drift_attention_compare.cuh"
 #include "drift_attention_plain.cuh"
-#include "drift_cluster_compare.cuh"
 #include "elastic_cache/window_attention.h"
 
 namespace elastic_cache {
@@ -267,7 +263,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     drift_scan_kernel(const DriftAttentionParams p, const Workspace w) {
   extern __shared__ __align__(16) unsigned char memory[];
   if (!begin_scan(p, w)) return;
-  const Sequence q(p, w.max_tracked, static_cast<int>(blockIdx.z));
+  const Sequence q(p, w, static_cast<int>(blockIdx.z));
   const Scan<D> scan(p, w, q, *reinterpret_cast<ScanShared<D>*>(memory));
   scan.copy_keys();
   scan.copy_chunk(0);
@@ -339,7 +335,6 @@ namespace {
 
 WindowAttentionParams attention_of(const DriftAttentionParams& p) {
   return {.dtype = p.dtype,
-          .num_sequences = p.num_sequences,
           .num_rows = p.num_rows,
           .num_heads = p.num_heads,
           .num_kv_heads = p.num_kv_heads,
@@ -356,54 +351,29 @@ WindowAttentionParams attention_of(const DriftAttentionParams& p) {
           .workspace = p.workspace};
 }
 
-// Tracked rows, and one more of blocks that add masses.
-dim3 compare_grid(const DriftAttentionParams& p, int num_key_blocks, int max_tracked) {
-  const int64_t rows = std::clamp<int64_t>(max_tracked, 1, cuda::kDriftRowBlocks);
-  return dim3(static_cast<unsigned int>(num_key_blocks), static_cast<unsigned int>(rows + 1),
-              static_cast<unsigned int>(p.num_sequences));
-}
-
-// The scan's part of an attention that is done.
-void compare_in_scan(const DriftAttentionParams& p, Stream stream) {
-  cuda::drift::Workspace w;
-  cuda::drift::lay_out(p, p.workspace, &w);
-  cuda::with_dtype(p.dtype, [&](auto zero) { cuda::drift::scan<decltype(zero)>(p, w, stream); });
-  const auto shared_bytes = static_cast<size_t>(p.num_heads) * sizeof(float);
-  cuda::drift::drift_compare_kernel<<<compare_grid(p, w.num_key_blocks, w.max_tracked),
-                                      cuda::drift::kBlockKeys, shared_bytes, stream>>>(p, w);
-  cuda::check_launch("drift_attention");
-}
-
-void attend_in_clusters(const DriftAttentionParams& p, Stream stream) {
-  cuda::cluster::Workspace w;
-  cuda::cluster::lay_out(p, p.workspace, &w);
-  cuda::cluster::attend(p, w, stream);
-  cuda::cluster::drift_cluster_compare_kernel<<<compare_grid(p, w.num_key_blocks, w.max_tracked),
-                                                cuda::cluster::kCompareThreads, 0, stream>>>(p, w);
-  cuda::check_launch("drift_attention");
-}
-
 }  // namespace
 
-// The attention is done with the workspace when the statistics begin. Room for either form: which
-// one it will be depends on the device.
+// The attention is done with the workspace when the statistics begin.
 int64_t drift_attention_workspace(const DriftAttentionParams& params) {
   cuda::drift::Workspace w;
-  cuda::cluster::Workspace of_clusters;
-  return std::max({window_attention_workspace(attention_of(params)),
-                   cuda::drift::lay_out(params, nullptr, &w),
-                   cuda::cluster::lay_out(params, nullptr, &of_clusters)});
+  return std::max(window_attention_workspace(attention_of(params)),
+                  cuda::drift::lay_out(params, nullptr, &w));
 }
 
 void drift_attention_cuda(const DriftAttentionParams& params, Stream stream) {
   if (params.num_sequences == 0 || params.num_heads == 0) return;
-  const WindowAttentionParams attention = attention_of(params);
-  if (params.num_rows <= cuda::kClusterRows && cuda::drift::has_tensor_core_form(params) &&
-      cuda::cluster::takes(attention)) {
-    return attend_in_clusters(params, stream);
-  }
-  window_attention_cuda(attention, stream);
-  compare_in_scan(params, stream);
+  window_attention_cuda(attention_of(params), stream);
+  cuda::drift::Workspace w;
+  cuda::drift::lay_out(params, params.workspace, &w);
+  cuda::with_dtype(params.dtype,
+                   [&](auto zero) { cuda::drift::scan<decltype(zero)>(params, w, stream); });
+  const int64_t rows = std::clamp<int64_t>(w.max_tracked, 1, cuda::kDriftRowBlocks);
+  const dim3 grid(static_cast<unsigned int>(w.num_key_blocks), static_cast<unsigned int>(rows + 1),
+                  static_cast<unsigned int>(params.num_sequences));
+  const auto shared_bytes = static_cast<size_t>(params.num_heads) * sizeof(float);
+  cuda::drift::drift_compare_kernel<<<grid, cuda::drift::kBlockKeys, shared_bytes, stream>>>(params,
+                                                                                             w);
+  cuda::check_launch("drift_attention");
 }
 
 }  // namespace elastic_cache

@@ -1,13 +1,15 @@
 // The comparison of drift_attention: what the scan left in the workspace -> similarity and mass.
 // A block takes 128 keys of a tracked row: old log-sum-exp of every head from the maxima and sums
 // of the scan's blocks, then the cosine over heads, a thread a key; the blocks of one more row add
-// the heads' masses.
+// the heads' masses. The subtle thing: the last block of a sequence to finish adds the cosines up;
+// who is last depends on timing, the order of the sum does not.
 #pragma once
 
-#include "drift_attention_finish.cuh"
 #include "drift_attention_plain.cuh"
 
 namespace elastic_cache::cuda::drift {
+
+constexpr float kMinNorm = 1e-8f;
 
 // Old log-sum-exp (base 2) of every head, four threads a head.
 __device__ inline void join_blocks(const DriftAttentionParams& p, const Workspace& w,
@@ -55,7 +57,7 @@ __device__ inline float cosine_at(const DriftAttentionParams& p, const Workspace
       recent_square += recent[i] * recent[i];
     }
   }
-  return cosine(dot, old_square, recent_square);
+  return dot / (fmaxf(sqrtf(old_square), kMinNorm) * fmaxf(sqrtf(recent_square), kMinNorm));
 }
 
 __device__ inline void add_heads(const DriftAttentionParams& p, const Workspace& w,
@@ -72,12 +74,38 @@ __device__ inline void add_heads(const DriftAttentionParams& p, const Workspace&
   p.mass[q.index * p.capacity + position] = total;
 }
 
+// The cosines of a sequence, all of them written, -> its similarity. Called by a whole block.
+__device__ inline void finish(const DriftAttentionParams& p, const Workspace& w, const Sequence& q,
+                              double* reduced) {
+  int tracked = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < q.num_tracked; i += kBlockKeys) {
+    tracked += p.rows[q.begin + i] >= 0 ? 1 : 0;
+  }
+  const double num_tracked = block_sum(static_cast<double>(tracked), reduced);
+  double total = 0.0;
+  const int num_keys = q.end_key - q.first_key;
+  if (num_keys > 0) {
+    const int first = q.first_key / kBlockKeys, count = (q.end_key - 1) / kBlockKeys - first + 1;
+    for (int i = static_cast<int>(threadIdx.x); i < q.num_tracked * count; i += kBlockKeys) {
+      if (p.rows[q.begin + i / count] < 0) continue;
+      total += __ldcg(w.cosines + int64_t{q.first_tracked + i / count} * w.num_key_blocks + first +
+                      i % count);
+    }
+  }
+  total = block_sum(total, reduced);
+  if (threadIdx.x != 0) return;
+  const bool has_any = num_tracked > 0.0 && num_keys > 0;
+  const double mean = has_any ? total / (num_tracked * num_keys) : INFINITY;
+  p.similarity[q.index] = q.fits ? mean : NAN;
+}
+
 // blockIdx.y: tracked rows y, y + rows_per_pass, ...; the last one adds masses.
 __global__ void __launch_bounds__(kBlockKeys, 4)
     drift_compare_kernel(const DriftAttentionParams p, const Workspace w) {
   extern __shared__ float old_lse[];  // [H]
   __shared__ double reduced[kBlockKeys / kWarpSize];
-  const Sequence q(p, w.max_tracked, static_cast<int>(blockIdx.z));
+  __shared__ bool is_last;
+  const Sequence q(p, w, static_cast<int>(blockIdx.z));
   const int key_block = static_cast<int>(blockIdx.x);
   const int position = key_block * kBlockKeys + static_cast<int>(threadIdx.x);
   const int rows_per_pass = static_cast<int>(gridDim.y) - 1;
@@ -95,8 +123,13 @@ __global__ void __launch_bounds__(kBlockKeys, 4)
     const double total = block_sum(static_cast<double>(cosine), reduced);
     if (threadIdx.x == 0) w.cosines[tracked * w.num_key_blocks + key_block] = total;
   }
-  const int first = q.first_key / kBlockKeys, end = (q.end_key - 1) / kBlockKeys + 1;
-  finish(p, q, {w.cosines, w.num_key_blocks, first, end - first}, w.finished, reduced);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(w.finished + q.index, 1u) == gridDim.x * (gridDim.y - 1) - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (is_last) finish(p, w, q, reduced);
 }
 
 }  // namespace elastic_cache::cuda::drift

@@ -1,4 +1,4 @@
-// What both forms of drift_attention's scan share: the workspace, which keys a block has;
+// What the kernels of drift_attention share: the workspace, what a block knows of its sequence;
 // and the plain form of the scan, for any dtype and even head_dim: a thread a key, lanes in turn.
 // It is the kernel to read first, and the one float32 uses.
 #pragma once
@@ -9,12 +9,12 @@
 #include "common/heuristics.h"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
-#include "drift_attention_sequence.cuh"
 #include "elastic_cache/drift_attention.h"
 
 namespace elastic_cache::cuda::drift {
 
 constexpr int kBlockKeys = kDriftBlockKeys;
+constexpr float kLog2E = 1.44269504088896340736f;
 
 // Maximum and sum over two sets of keys; an empty one has maximum -infinity.
 __device__ inline float2 join(float2 a, float2 b) {
@@ -39,6 +39,10 @@ inline int64_t num_key_blocks(const DriftAttentionParams& p) {
   return std::max<int64_t>((p.capacity + kBlockKeys - 1) / kBlockKeys, 1);
 }
 
+inline int64_t max_tracked(const DriftAttentionParams& p) {
+  return p.max_tracked > 0 ? std::min(p.max_tracked, p.num_rows) : p.num_rows;
+}
+
 // Lays the arrays out from `memory` on, widest elements first; returns the bytes they take.
 inline int64_t lay_out(const DriftAttentionParams& p, void* memory, Workspace* w) {
   const int64_t tracked = max_tracked(p), blocks = num_key_blocks(p), heads = p.num_heads;
@@ -58,6 +62,46 @@ inline int64_t lay_out(const DriftAttentionParams& p, void* memory, Workspace* w
   w->num_key_blocks = static_cast<int>(blocks);
   return bytes;
 }
+
+// What a block has to know about its sequence.
+struct Sequence {
+  int index;
+  int begin;  // tracked rows: begin .. begin + num_tracked - 1
+  int num_tracked;
+  int window;  // window rows: window .. window + num_window - 1
+  int num_window;
+  int end;  // of all its rows
+  int first_key;
+  int end_key;
+  int first_tracked;  // tracked rows of the sequences before
+  bool fits;          // whether the workspace has room for the tracked rows
+
+  __device__ Sequence(const DriftAttentionParams& p, const Workspace& w, int s) : index(s) {
+    const int32_t* segment = p.segments + s * kSegmentColumns;
+    begin = segment[kSegmentBegin];
+    num_tracked = segment[kSegmentTracked];
+    window = begin + num_tracked + segment[kSegmentCommitted];
+    num_window = segment[kSegmentWindow];
+    end = window + num_window + segment[kSegmentLookahead];
+    first_key = p.key_range[2 * s];
+    end_key = max(p.key_range[2 * s + 1], first_key);
+    int before = 0;
+    for (int i = static_cast<int>(threadIdx.x) % kWarpSize; i < s; i += kWarpSize) {
+      before += p.segments[i * kSegmentColumns + kSegmentTracked];
+    }
+    first_tracked = warp_reduce(before, Sum{});
+    fits = first_tracked + num_tracked <= w.max_tracked;
+    if (!fits) num_tracked = 0;
+  }
+  // Lanes of the cache as it is now: window rows, then tracked rows.
+  __device__ int num_lanes() const { return num_window + num_tracked; }
+  __device__ int row_of(int lane) const {
+    return lane < num_window ? window + lane : begin + lane - num_window;
+  }
+  __device__ bool has_key(int position) const {
+    return position >= first_key && position < end_key;
+  }
+};
 
 // The row that wrote each of a block's keys, or -1. Contains barriers.
 __device__ inline void find_overwritten(const DriftAttentionParams& p, const Sequence& q,
@@ -91,7 +135,7 @@ __global__ void __launch_bounds__(kBlockKeys)
   if (!begin_scan(p, w)) return;
   const int dim = static_cast<int>(p.head_dim), head = static_cast<int>(blockIdx.y);
   const int kv_head = head / static_cast<int>(p.num_heads / p.num_kv_heads);
-  const Sequence q(p, w.max_tracked, static_cast<int>(blockIdx.z));
+  const Sequence q(p, w, static_cast<int>(blockIdx.z));
   const int thread = static_cast<int>(threadIdx.x);
   const int first = static_cast<int>(blockIdx.x) * kBlockKeys, position = first + thread;
   const bool is_valid = q.has_key(position);

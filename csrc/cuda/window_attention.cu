@@ -1,8 +1,6 @@
 // Attention of a few rows over all keys of their sequence, with log-sum-exp (window_attention.h).
 //
-// Where there are clusters of blocks, cluster_attention.cu does it in one kernel. Elsewhere, and
-// for what that does not take (float32, other head_dim, more keys), two kernels. A lane is a (row,
-// query head) pair; the lanes of a key/value head share its keys:
+// A lane is a (row, query head) pair; the lanes of a key/value head share its keys. Two kernels:
 //   part     a block takes up to 64 lanes of one key/value head and one of `num_splits` parts of
 //            the keys -> unnormalised output [D], maximum and sum of every lane
 //   combine  a warp a lane adds the parts in order
@@ -17,7 +15,6 @@
 
 #include <cmath>
 
-#include "cluster_attention.h"
 #include "common/heuristics.h"
 #include "common/launch.h"
 #include "common/mma.cuh"
@@ -421,7 +418,6 @@ int64_t window_attention_workspace(const WindowAttentionParams& p) {
 
 void window_attention_cuda(const WindowAttentionParams& params, Stream stream) {
   if (params.num_rows == 0 || params.num_heads == 0) return;
-  if (cuda::cluster::takes(params)) return cuda::cluster::attend(params, stream);
   cuda::attention::Parts parts{};
   parts.num_splits = static_cast<int>(cuda::attention_splits(params.num_kv_heads, params.capacity));
   const int64_t items = parts.num_splits * params.num_rows * params.num_heads;

@@ -22,15 +22,13 @@ void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor
   check.shape("rows", rows, {{"rows"}});
   const int64_t num_rows = rows.size(0);
   check.shape("key_range", key_range, {{"sequences"}, {"2", 2}});
-  const int64_t num_sequences = key_range.size(0);
-  const int64_t capacity = check.capacity(slots, num_sequences);
+  const int64_t capacity = check.capacity(slots, key_range.size(0));
   check.shape("out", out, {{"rows", num_rows}, {"heads", heads}, {"head_dim", head_dim}});
   check.shape("lse", lse, {{"rows", num_rows}, {"heads", heads}});
 
   check.indices("rows", rows, slots);
   check.key_range(key_range, capacity);
   const WindowAttentionParams params{.dtype = check.dtype(),
-                                     .num_sequences = num_sequences,
                                      .num_rows = num_rows,
                                      .num_heads = heads,
                                      .num_kv_heads = kv_heads,

@@ -68,7 +68,6 @@ int main() {
 
   const elastic_cache::WindowAttentionParams params{
       .dtype = elastic_cache::DType::kFloat32,
-      .num_sequences = 1,
       .num_rows = num_rows,
       .num_heads = heads,
       .num_kv_heads = kv_heads,

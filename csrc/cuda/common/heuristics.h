@@ -35,29 +35,6 @@ inline constexpr int kDriftChunkLanes = 64;
 // Blocks over the tracked rows in the comparison, for 128 blocks at 1024 keys; more rows: a loop.
 inline constexpr int64_t kDriftRowBlocks = 16;
 
-// Attention by a cluster of blocks (sm_90): `ranks` blocks share the keys of a sequence, and a warp
-// takes 32 of them. None of it depends on the rows, so that a row's result does not either.
-struct ClusterShape {
-  int warps;  // 0: the cluster cannot hold so many keys
-  int ranks;
-};
-
-// With four warps and head_dim 128 two blocks fit an SM, and 32 heads at 1024 keys are one wave on
-// 132 SMs. Eight warps fill an SM; sixteen blocks are more than every device must allow.
-inline ClusterShape cluster_shape(int64_t capacity) {
-  if (capacity <= 1024) return {4, 8};
-  if (capacity <= 2048) return {8, 8};
-  if (capacity <= 4096) return {8, 16};
-  return {0, 0};
-}
-
-// Rows of a launch: every block keeps the list of its sequence's rows in shared memory.
-inline constexpr int kClusterRows = 512;
-
-// Keys of a block of the comparison that follows the clusters, two a thread of a warp: 192 blocks
-// for 12 tracked rows at 1024 keys, and every thread loads all it needs at once [c].
-inline constexpr int kCompareKeys = 64;
-
 // Logits of a block: 126,464 of them are 16 parts, so that the 16 rows of a window fill an H200.
 inline constexpr int64_t kVocabularyPart = 8192;
 

@@ -10,12 +10,11 @@ namespace elastic_cache {
 
 struct WindowAttentionParams {
   DType dtype;
-  int64_t num_sequences;  // S
-  int64_t num_rows;       // R
-  int64_t num_heads;      // H
-  int64_t num_kv_heads;   // Hkv
-  int64_t head_dim;       // D
-  int64_t capacity;       // C; sequence of a row = slot / C
+  int64_t num_rows;      // R
+  int64_t num_heads;     // H
+  int64_t num_kv_heads;  // Hkv
+  int64_t head_dim;      // D
+  int64_t capacity;      // C; sequence of a row = slot / C
   float scale;
 
   const void* q_cache;       // [N, H, D] dtype

@@ -25,14 +25,7 @@ inline int64_t attention_splits(int64_t num_kv_heads, int64_t capacity) {
   return std::max<int64_t>(1, std::min({wanted, tiles, kMaxAttentionSplits}));
 }
 
-// Keys of a statistics block: with one head a block, 1024 keys and 32 heads give 256 blocks, two an
-// SM. Half as many keys would read all queries twice as often, which is what K itself takes [c].
-inline constexpr int kDriftBlockKeys = 128;
-
-// Queries in shared memory at a time, twice. Two blocks of 110 KB fit an SM at head_dim 128.
-inline constexpr int kDriftChunkLanes = 64;
-
-// Blocks over the tracked rows in the comparison, for 128 blocks at 1024 keys; more rows: a loop.
+// Blocks over the tracked rows in the statistics, 512 of them at 1024 keys; more rows: a loop.
 inline constexpr int64_t kDriftRowBlocks = 16;
 
 // Logits of a block: 126,464 of them are 16 parts, so that the 16 rows of a window fill an H200.

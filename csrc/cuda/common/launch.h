@@ -59,23 +59,36 @@ inline bool can_overlap() {
   return known[device] > 0;
 }
 
+struct SharedBytes {
+  size_t count;
+};
+
 // Launches a kernel that may start while the last blocks of the one before it are still running. It
 // must call wait_for_previous() before it touches memory: an op's inputs may be what the kernel
 // before it, whoever launched that, is writing.
 template <class... Args>
 void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int num_threads,
-                        Stream stream, const std::type_identity_t<Args>&... args) {
+                        Stream stream, SharedBytes shared,
+                        const std::type_identity_t<Args>&... args) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned int>(num_threads));
+  config.dynamicSmemBytes = shared.count;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = can_overlap() ? 1 : 0;
+  allow_shared(kernel, static_cast<int64_t>(shared.count), op);
   cudaLaunchKernelEx(&config, kernel, args...);
   check_launch(op);
+}
+
+template <class... Args>
+void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int num_threads,
+                        Stream stream, const std::type_identity_t<Args>&... args) {
+  launch_overlapping(op, kernel, grid, num_threads, stream, SharedBytes{0}, args...);
 }
 
 // Waits for the kernel before this one to end, and lets the one behind it be launched: that one

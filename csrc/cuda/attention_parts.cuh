@@ -1,0 +1,140 @@
+// What the forms of attention's part kernel share: how lanes and keys are cut, what a part is, and
+// what drift_attention keeps beside it.
+#pragma once
+
+#include <climits>
+#include <cmath>
+
+#include "common/heuristics.h"
+#include "common/launch.h"
+#include "common/reduce.cuh"
+#include "common/vector.cuh"
+#include "elastic_cache/window_attention.h"
+
+namespace elastic_cache::cuda::attention {
+
+constexpr int kTileKeys = kAttentionTileKeys;
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr int kNoSequence = INT_MAX;
+
+// What the part kernel leaves for the combining one; an item is row * H + head.
+struct Parts {
+  float* out;       // [splits, R * H, D]; not written where the maximum is -infinity
+  float2* softmax;  // [splits, R * H] maximum (base 2) and sum
+  int num_splits;
+};
+
+// Tiles of a sequence's keys are shared out evenly over the splits.
+struct KeySpan {
+  int begin;
+  int end;
+};
+
+__device__ inline KeySpan split_keys(const int32_t* key_range, int sequence, int split,
+                                     int num_splits) {
+  const int first = key_range[2 * sequence], last = key_range[2 * sequence + 1];
+  const int tiles = (max(last - first, 0) + kTileKeys - 1) / kTileKeys;
+  const auto tile = [&](int i) {
+    return static_cast<int>(static_cast<int64_t>(tiles) * i / num_splits);
+  };
+  return {first + tile(split) * kTileKeys, min(first + tile(split + 1) * kTileKeys, last)};
+}
+
+// Lane of a key/value head -> row (R or beyond: none), item, and sequence (-1: skip).
+struct LaneMap {
+  int group;
+  int num_rows;
+  int num_heads;
+  int first_head;
+
+  __device__ LaneMap(const WindowAttentionParams& p, int kv_head)
+      : group(static_cast<int>(p.num_heads / p.num_kv_heads)),
+        num_rows(static_cast<int>(p.num_rows)),
+        num_heads(static_cast<int>(p.num_heads)),
+        first_head(kv_head * group) {}
+  __device__ int row(int lane) const { return lane / group; }
+  __device__ int head(int lane) const { return first_head + lane % group; }
+  __device__ int64_t item(int lane) const { return int64_t{row(lane)} * num_heads + head(lane); }
+  __device__ int slot(const WindowAttentionParams& p, int lane) const {
+    return row(lane) < num_rows ? p.rows[row(lane)] : -1;
+  }
+  __device__ int sequence(const WindowAttentionParams& p, int lane) const {
+    const int at = slot(p, lane);
+    return at < 0 ? -1 : at / static_cast<int>(p.capacity);
+  }
+};
+
+// The smallest of `sequences` above `after`; every warp finds it for itself.
+__device__ inline int next_sequence(const int32_t* sequences, int count, int after) {
+  int best = kNoSequence;
+  for (int i = static_cast<int>(threadIdx.x) % kWarpSize; i < count; i += kWarpSize) {
+    if (sequences[i] > after) best = min(best, sequences[i]);
+  }
+  return __reduce_min_sync(kFullWarp, best);
+}
+
+// Old lanes (tracked rows as they were) of a block.
+constexpr int kOldLanes = 32;
+
+// Maximum and sum over two sets of keys; an empty one has maximum -infinity.
+__device__ inline float2 join(float2 a, float2 b) {
+  const float top = fmaxf(a.x, b.x);
+  if (top == -INFINITY) return make_float2(-INFINITY, 0.0f);
+  return make_float2(top, a.y * exp2f(a.x - top) + b.y * exp2f(b.x - top));
+}
+
+struct TrackedRow {
+  int sequence;
+  int row;  // -1: none, or skipped
+};
+
+// What drift_attention keeps: scores to base 2, of keys in the range alone. Tracked rows are
+// numbered through all sequences.
+struct DriftParts {
+  const void* q_old;
+  const void* k_old;
+  const int32_t* segments;
+  int num_sequences;
+  int max_tracked;
+  float* scores;           // [R, H, C] of window and tracked rows
+  float* old_scores;       // [max_tracked, H, C] of tracked rows as they were
+  float2* old_softmax;     // [splits, max_tracked, H] maximum and sum
+  float* old_lse;          // [max_tracked, H] to base 2
+  unsigned int* finished;  // [S] blocks of the statistics
+
+  __device__ void begin() const {
+    if (blockIdx.x != 0 || blockIdx.y != 0 || blockIdx.z != 0) return;
+    for (int s = static_cast<int>(threadIdx.x); s < num_sequences;
+         s += static_cast<int>(blockDim.x)) {
+      finished[s] = 0;
+    }
+  }
+  // Rows begin .. end - 1 of a sequence.
+  __device__ int2 rows_of(int sequence) const {
+    const int32_t* segment = segments + sequence * kSegmentColumns;
+    const int begin = segment[kSegmentBegin];
+    return make_int2(begin, begin + segment[kSegmentTracked] + segment[kSegmentCommitted] +
+                                segment[kSegmentWindow] + segment[kSegmentLookahead]);
+  }
+  __device__ bool is_kept(int sequence, int row) const {
+    if (sequence < 0) return false;
+    const int32_t* segment = segments + sequence * kSegmentColumns;
+    const int at = row - segment[kSegmentBegin], tracked = segment[kSegmentTracked];
+    const int window = at - tracked - segment[kSegmentCommitted];
+    return (at >= 0 && at < tracked) || (window >= 0 && window < segment[kSegmentWindow]);
+  }
+  __device__ TrackedRow tracked_row(const WindowAttentionParams& p, int index) const {
+    if (index >= max_tracked) return {-1, -1};
+    for (int s = 0; s < num_sequences; ++s) {
+      const int32_t* segment = segments + s * kSegmentColumns;
+      if (index < segment[kSegmentTracked]) {
+        const int row = segment[kSegmentBegin] + index;
+        return {s, p.rows[row] < 0 ? -1 : row};
+      }
+      index -= segment[kSegmentTracked];
+    }
+    return {-1, -1};
+  }
+};
+
+}  // namespace elastic_cache::cuda::attention

@@ -43,8 +43,21 @@ def make_case(
     return Case(
         f"{tracked}+{window} rows, {num_keys} keys, {heads} x {head_dim}",
         native=lambda: ops.drift_attention(
-            q, k, v, q_old, k_old, rows, segments, key_range, scale, out, lse, mass, similarity
-        ),
+            q,
+            k,
+            v,
+            q_old,
+            k_old,
+            rows,
+            segments,
+            key_range,
+            scale,
+            tracked,
+            out,
+            lse,
+            mass,
+            similarity,
+        ),  # fmt: skip
         plain=plain,
         num_bytes=num_bytes(k, v, q_old, q_old, k_old, out, lse, mass),
         num_flops=2 * (2 * num_rows + tracked) * num_keys * heads * head_dim,

@@ -36,10 +36,10 @@ struct Sequence {
   int64_t index;
   int64_t first_key;
   int64_t num_keys;
-  int64_t num_window = 0;   // lanes
-  int64_t num_tracked = 0;  // rows
-  std::vector<Lane> lanes;  // present ones, then old ones
-  int64_t num_new = 0;      // present lanes
+  int64_t num_window = 0;                // lanes
+  int64_t num_tracked = 0;               // rows
+  std::vector<Lane> lanes;               // present ones, then old ones
+  int64_t num_new = 0;                   // present lanes
   std::vector<Overwritten> overwritten;  // ascending keys
 
   int64_t num_vectors() const {
@@ -77,8 +77,8 @@ RowKinds sort_rows(const DriftAttentionParams& p, int64_t s) {
 Sequence describe(const DriftAttentionParams& p, int64_t s) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const RowKinds kinds = sort_rows(p, s);
-  Sequence q{.index = s, .first_key = p.key_range[2 * s], .num_keys = 0, .lanes = {},
-             .overwritten = {}};
+  Sequence q{
+      .index = s, .first_key = p.key_range[2 * s], .num_keys = 0, .lanes = {}, .overwritten = {}};
   q.num_keys = std::max<int64_t>(p.key_range[2 * s + 1] - q.first_key, 0);
   q.num_tracked = static_cast<int64_t>(kinds.tracked.size());
   q.num_window = static_cast<int64_t>(kinds.window.size()) * group;
@@ -106,9 +106,9 @@ Sequence describe(const DriftAttentionParams& p, int64_t s) {
 
 // Shared by all threads, sized for the largest sequence. A probability is weight * factor.
 struct Workspace {
-  float* weights;      // [Hkv, keys, lanes]
-  float* factors;      // [Hkv, blocks, lanes]; before a head is done, the maximum up to the block
-  double* cosines;     // [blocks] sums over tracked rows and keys
+  float* weights;   // [Hkv, keys, lanes]
+  float* factors;   // [Hkv, blocks, lanes]; before a head is done, the maximum up to the block
+  double* cosines;  // [blocks] sums over tracked rows and keys
 };
 
 // Vectors begin .. end - 1 of the lanes of a head.
@@ -117,7 +117,11 @@ class AttendTask {
  public:
   AttendTask(const DriftAttentionParams& p, const Sequence& q, const Workspace& w, int64_t kv_head,
              int64_t begin, int64_t end, SweepBuffers& b)
-      : p_(p), q_(q), b_(b), kv_head_(kv_head), first_(begin * kLanes),
+      : p_(p),
+        q_(q),
+        b_(b),
+        kv_head_(kv_head),
+        first_(begin * kLanes),
         width_((end - begin) * kLanes),
         num_lanes_(std::min(width_, static_cast<int64_t>(q.lanes.size()) - first_)),
         num_new_(std::clamp<int64_t>(q.num_new - first_, 0, num_lanes_)),
@@ -150,10 +154,10 @@ class AttendTask {
   const Sequence& q_;
   SweepBuffers& b_;
   int64_t kv_head_;
-  int64_t first_;      // lane
-  int64_t width_;      // lanes, padding included
+  int64_t first_;  // lane
+  int64_t width_;  // lanes, padding included
   int64_t num_lanes_;
-  int64_t num_new_;    // of them
+  int64_t num_new_;  // of them
   LaneRows weights_;
   LaneRows factors_;
 };
@@ -296,6 +300,13 @@ void compare_block(const DriftAttentionParams& p, const Sequence& q, const Works
 }
 
 // Both phases of one sequence; called by every thread of a parallel region, or by one alone.
+// Whether a sequence's tracked rows, and those of the sequences before, are within the bound.
+bool fits(const DriftAttentionParams& p, int64_t s) {
+  int64_t count = 0;
+  for (int64_t i = 0; i <= s; ++i) count += p.segments[i * kSegmentColumns + kSegmentTracked];
+  return p.max_tracked < 0 || count <= p.max_tracked;
+}
+
 template <class T>
 void run_sequence(const DriftAttentionParams& p, const Sequence& q, const Workspace& w,
                   SweepBuffers& b) {
@@ -307,7 +318,8 @@ void run_sequence(const DriftAttentionParams& p, const Sequence& q, const Worksp
   for (int64_t task = 0; task < p.num_kv_heads * chunks; ++task) {
     const int64_t chunk = task % chunks;
     AttendTask<T>(p, q, w, task / chunks, vectors * chunk / chunks, vectors * (chunk + 1) / chunks,
-                  b).run();
+                  b)
+        .run();
   }
 #pragma omp for schedule(static)
   for (int64_t block = 0; block < q.num_blocks(); ++block) compare_block(p, q, w, block);
@@ -316,8 +328,8 @@ void run_sequence(const DriftAttentionParams& p, const Sequence& q, const Worksp
     double total = 0.0;
     for (int64_t block = 0; block < q.num_blocks(); ++block) total += w.cosines[block];
     const int64_t count = q.num_tracked * q.num_keys;
-    p.similarity[q.index] =
-        count == 0 ? double{kInfinity} : total / static_cast<double>(count);
+    p.similarity[q.index] = count == 0 ? double{kInfinity} : total / static_cast<double>(count);
+    if (!fits(p, q.index)) p.similarity[q.index] = std::numeric_limits<double>::quiet_NaN();
   }
 }
 

@@ -40,6 +40,7 @@ template <int D, int M>
 __device__ inline void keep_scores(const WindowAttentionParams& p, const DriftParts& drift,
                                    const PartShared<D, M, true>& sh, int sequence, int first,
                                    int count, const Scores<M>& score) {
+  const bool is_even = p.capacity % 2 == 0 && first % 2 == 0;  // pairs are then aligned
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 #pragma unroll
@@ -50,9 +51,15 @@ __device__ inline void keep_scores(const WindowAttentionParams& p, const DriftPa
       if (sh.scored_items[row] < 0 || sh.sequences[row] != sequence) continue;
       float* to = drift.scores + sh.scored_items[row] * p.capacity + first;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = warp * kKeysPerWarp + i / 2 * 8 + lane % 4 * 2 + i % 2;
-        if (key < count) to[key] = score[m][i / 2][half * 2 + i % 2];
+      for (int n = 0; n < 2; ++n) {
+        const int key = warp * kKeysPerWarp + n * 8 + lane % 4 * 2;
+        const float x = score[m][n][half * 2], y = score[m][n][half * 2 + 1];
+        if (is_even && key + 1 < count) {
+          *reinterpret_cast<float2*>(to + key) = make_float2(x, y);
+        } else {
+          if (key < count) to[key] = x;
+          if (key + 1 < count) to[key + 1] = y;
+        }
       }
     }
   }
@@ -62,11 +69,12 @@ __device__ inline void keep_scores(const WindowAttentionParams& p, const DriftPa
 // that is not theirs. Only this warp touches its maxima and sums.
 template <int D, int M, class Place>
 __device__ inline void score_old(const WindowAttentionParams& p, const DriftParts& drift,
-                                 PartShared<D, M, true>& sh, int buffer, int sequence, float factor,
-                                 const Place& place) {
+                                 PartShared<D, M, true>& sh, int buffer, int count, int sequence,
+                                 float factor, const Place& place) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   OldShared<D>& old = sh.old;
+  if (warp * kKeysPerWarp >= count) return;
   Scores<kOldLanes> score;
   score_tile<D, kOldLanes>(sh.keys[buffer], old.queries, score);
   int position[4];
@@ -76,6 +84,7 @@ __device__ inline void score_old(const WindowAttentionParams& p, const DriftPart
   }
 #pragma unroll
   for (int m = 0; m < kOldLanes / 16; ++m) {
+    if (!__any_sync(kFullWarp, old.sequences[m * 16 + lane % 16] == sequence)) continue;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = m * 16 + half * 8 + lane / 4;
@@ -104,28 +113,49 @@ __device__ inline void score_old(const WindowAttentionParams& p, const DriftPart
   }
 }
 
-// The keys as they were, of the rows that overwrote them. Contains barriers; no copy is under way.
-template <int D, int M>
-__device__ inline void score_overwritten(const WindowAttentionParams& p, const DriftParts& drift,
-                                         PartShared<D, M, true>& sh, int sequence, float factor) {
-  const int2 rows = drift.rows_of(sequence);
-  const int kv_head = static_cast<int>(blockIdx.z);
-  const int64_t stride = p.num_kv_heads * D;
-  const int first_key = p.key_range[2 * sequence], end_key = p.key_range[2 * sequence + 1];
-  for (int first = rows.x; first < rows.y; first += kTileKeys) {
-    const auto* from = static_cast<const bf16*>(drift.k_old) + first * stride + kv_head * D;
-    copy_tile<D>(sh.keys[0], from, stride, rows.y - first);
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-    score_old(p, drift, sh, 0, sequence, factor, [&](int key) {
-      const int slot = first + key < rows.y ? p.rows[first + key] : -1;
-      const int at = slot - sequence * static_cast<int>(p.capacity);
-      return slot >= 0 && at >= first_key && at < end_key ? at : -1;
-    });
-    __syncthreads();
+// Rows of a sequence, and the slots of the first of them: a lane keeps every 32nd.
+struct SequenceRows {
+  static constexpr int kKept = 4;
+  int begin;
+  int end;
+  int slots[kKept];
+
+  __device__ void load(const WindowAttentionParams& p, const DriftParts& drift, int sequence) {
+    const int2 rows = drift.rows_of(sequence);
+    begin = rows.x, end = rows.y;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) slots[i] = slot(p, i);
   }
-}
+  // Which of a tile's keys, the first of them at a slot, were overwritten: a bit a key. Every warp
+  // finds out for itself.
+  __device__ uint64_t overwritten(const WindowAttentionParams& p, int first_slot) const {
+    uint64_t mask = 0;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) mask |= bit(slots[i] - first_slot, slots[i]);
+    for (int i = kKept; begin + i * kWarpSize < end; ++i) {
+      const int at = slot(p, i);
+      mask |= bit(at - first_slot, at);
+    }
+    const uint32_t low = __reduce_or_sync(kFullWarp, static_cast<uint32_t>(mask));
+    const uint32_t high = __reduce_or_sync(kFullWarp, static_cast<uint32_t>(mask >> 32));
+    return uint64_t{high} << 32 | low;
+  }
+  // The share of the rows whose keys as they were a split takes.
+  __device__ int2 share(int split, int num_splits) const {
+    const int each = (end - begin + num_splits - 1) / num_splits;
+    const int first = min(begin + split * each, end);
+    return make_int2(first, min(first + each, end));
+  }
+
+ private:
+  __device__ int slot(const WindowAttentionParams& p, int i) const {
+    const int row = begin + i * kWarpSize + static_cast<int>(threadIdx.x) % kWarpSize;
+    return row < end ? p.rows[row] : -1;
+  }
+  __device__ static uint64_t bit(int key, int slot) {
+    return slot >= 0 && key >= 0 && key < kTileKeys ? uint64_t{1} << key : 0;
+  }
+};
 
 // Old lanes of `sequence` -> parts. Begins with a barrier.
 template <int D>
@@ -137,22 +167,6 @@ __device__ inline void write_old_part(const WindowAttentionParams& p, const Drif
   float2 all = make_float2(old.max[0][i], old.sum[0][i]);
   for (int w = 1; w < kNumWarps; ++w) all = join(all, make_float2(old.max[w][i], old.sum[w][i]));
   drift.old_softmax[split * drift.max_tracked * p.num_heads + old.items[i]] = all;
-}
-
-// Which of a tile's keys, given by its first position, were overwritten: a bit a key. Every warp
-// finds out for itself.
-__device__ inline uint64_t find_overwritten(const WindowAttentionParams& p, const DriftParts& drift,
-                                            int sequence, int first) {
-  const int2 rows = drift.rows_of(sequence);
-  const int start = sequence * static_cast<int>(p.capacity) + first;
-  uint64_t mask = 0;
-  for (int r = rows.x + static_cast<int>(threadIdx.x) % kWarpSize; r < rows.y; r += kWarpSize) {
-    const int key = p.rows[r] < 0 ? -1 : p.rows[r] - start;
-    if (key >= 0 && key < kTileKeys) mask |= uint64_t{1} << key;
-  }
-  const uint32_t low = __reduce_or_sync(kFullWarp, static_cast<uint32_t>(mask));
-  const uint32_t high = __reduce_or_sync(kFullWarp, static_cast<uint32_t>(mask >> 32));
-  return uint64_t{high} << 32 | low;
 }
 
 }  // namespace elastic_cache::cuda::attention

@@ -78,7 +78,7 @@ __device__ void stage(const WindowAttentionParams& p, int64_t first_slot, int co
 }
 
 template <class T, bool kDrift>
-__global__ void __launch_bounds__(kPlainLanes* kWarpSize)
+__global__ void __launch_bounds__(kPlainLanes* kWarpSize, 2)
     attention_plain_part_kernel(const WindowAttentionParams p, const Parts parts,
                                 const DriftParts drift, int num_blocks) {
   extern __shared__ float plain_memory[];

@@ -94,13 +94,20 @@ class Part {
   // Two groups a tile, its keys and its values; those of the first are under way.
   __device__ void run_sequence(int sequence, const KeySpan& span) {
     const int num_tiles = max(span.end - span.begin + kTileKeys - 1, 0) / kTileKeys;
-    if constexpr (kDrift) clear_old(sh_.old);  // read after the next barrier
+    if constexpr (kDrift) {
+      clear_old(sh_.old);  // read after the next barrier
+      rows_.load(p_, drift_, sequence);
+    }
     PartState<D, M> state;
     state.clear();
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int count = count_of(span, tile);
       Scores<M> score;
       copy_keys(sequence, span, tile + 1);
+      if constexpr (kDrift) {
+        if (tile + 1 == num_tiles)
+          copy_overwritten(rows_.share(split_, parts_.num_splits), num_tiles);
+      }
       commit_copies();
       copy_values(sequence, span, tile + 1);
       commit_copies();
@@ -124,14 +131,15 @@ class Part {
     } else {
       write_part(lanes_, first_lane_, sequence, first_item_, parts_, sh_, state);
     }
-    if constexpr (kDrift) finish_old(sequence);
+    if constexpr (kDrift) finish_old(sequence, num_tiles);
   }
 
   __device__ void score_old_tile(int sequence, const KeySpan& span, int tile) {
     if (!has_old(sequence)) return;
     const int first = span.begin + tile * kTileKeys, count = count_of(span, tile);
-    const uint64_t overwritten = find_overwritten(p_, drift_, sequence, first);
-    score_old(p_, drift_, sh_, tile % 2, sequence, factor_,
+    const int first_slot = sequence * static_cast<int>(p_.capacity);
+    const uint64_t overwritten = rows_.overwritten(p_, first_slot + first);
+    score_old(p_, drift_, sh_, tile % 2, count, sequence, factor_,
               [&](int key) { return key < count && !(overwritten >> key & 1) ? first + key : -1; });
   }
 
@@ -141,15 +149,40 @@ class Part {
     return __any_sync(kFullWarp, mine == sequence);
   }
 
-  __device__ void finish_old(int sequence) {
+  // Starts copying up to a tile of the keys as they were, of rows from rows.x on.
+  __device__ void copy_overwritten(const int2& rows, int tile) const {
+    const auto* from = static_cast<const bf16*>(drift_.k_old) + rows.x * stride_ +
+                       static_cast<int>(blockIdx.z) * D;
+    if (rows.x < rows.y && has_any_old()) {
+      copy_tile<D>(sh_.keys[tile % 2], from, stride_, rows.y - rows.x);
+    }
+  }
+
+  // The keys as they were of this split's share of the rows, the first tile of which is on its way
+  // if there were any tiles of the cache; then the old lanes' parts.
+  __device__ void finish_old(int sequence, int num_tiles) {
     if (!has_old(sequence)) return;
-    wait_copies<0>();
-    __syncthreads();
-    if (split_ == parts_.num_splits - 1) {
-      score_overwritten(p_, drift_, sh_, sequence, factor_);
+    const int first_key = p_.key_range[2 * sequence], end_key = p_.key_range[2 * sequence + 1];
+    const int first_slot = sequence * static_cast<int>(p_.capacity);
+    int2 rows = rows_.share(split_, parts_.num_splits);
+    for (bool is_copied = num_tiles > 0; rows.x < rows.y; rows.x += kTileKeys, is_copied = false) {
+      if (!is_copied) copy_overwritten(rows, num_tiles);
+      commit_copies();
+      wait_copies<0>();
+      __syncthreads();
+      const int count = rows.y - rows.x;
+      score_old(p_, drift_, sh_, num_tiles % 2, count, sequence, factor_, [&](int key) {
+        const int slot = key < count ? p_.rows[rows.x + key] : -1, at = slot - first_slot;
+        return slot >= 0 && at >= first_key && at < end_key ? at : -1;
+      });
+      __syncthreads();
     }
     write_old_part(p_, drift_, sequence, split_, sh_.old);
     __syncthreads();
+  }
+  __device__ bool has_any_old() const {
+    const int mine = sh_.old.sequences[static_cast<int>(threadIdx.x) % kOldLanes];
+    return __any_sync(kFullWarp, mine >= 0);
   }
 
   __device__ void write_nothing(int sequence) const {
@@ -169,6 +202,7 @@ class Part {
   int64_t first_item_;
   int64_t stride_;
   float factor_;
+  std::conditional_t<kDrift, SequenceRows, Nothing> rows_;
 };
 
 template <int D, int M, bool kDrift>

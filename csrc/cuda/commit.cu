@@ -95,7 +95,7 @@ __device__ int count_flags(const bool* flags, int64_t count, int* shared) {
   return cuda::block_sum(set, shared);
 }
 
-__global__ void __launch_bounds__(kThreads) commit_kernel(CommitParams p) {
+__global__ void __launch_bounds__(kThreads, 1) commit_kernel(CommitParams p) {
   __shared__ int shared[kWarps], first_eos;
   __shared__ Tile tile;
   const int64_t s = blockIdx.x, begin = p.key_range[2 * s], end = p.key_range[2 * s + 1];

@@ -44,7 +44,7 @@ struct Layout {
 
 // Lays the arrays out from `memory` on, widest elements first.
 Layout lay_out(const DriftAttentionParams& p, void* memory) {
-  const int64_t tracked = p.max_tracked > 0 ? std::min(p.max_tracked, p.num_rows) : p.num_rows;
+  const int64_t tracked = p.max_tracked >= 0 ? std::min(p.max_tracked, p.num_rows) : p.num_rows;
   const int64_t splits = cuda::attention_splits(p.num_kv_heads, p.capacity);
   Layout layout{};
   layout.num_key_blocks =

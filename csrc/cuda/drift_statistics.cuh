@@ -53,15 +53,19 @@ struct Sequence {
   }
 };
 
-// The sum over the warps of a block, in order, for every lane of the first warp.
-__device__ inline float add_warps(float value, float (&shared)[kNumWarps][kWarpSize]) {
+// The sums over the warps of a block, in order, for every warp.
+__device__ inline float3 add_warps(const float3& value, float3 (&shared)[kNumWarps][kWarpSize]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   __syncthreads();
   shared[threadIdx.x / kWarpSize][lane] = value;
   __syncthreads();
-  float total = 0.0f;
+  float3 total = shared[0][lane];
 #pragma unroll
-  for (int w = 0; w < kNumWarps; ++w) total += shared[w][lane];
+  for (int w = 1; w < kNumWarps; ++w) {
+    total.x += shared[w][lane].x;
+    total.y += shared[w][lane].y;
+    total.z += shared[w][lane].z;
+  }
   return total;
 }
 
@@ -145,7 +149,7 @@ __device__ inline void finish(const DriftAttentionParams& p, const double* cosin
 // blockIdx.y: tracked rows y, y + rows_per_pass, ...; the last one adds the window's weights.
 __global__ void __launch_bounds__(kNumThreads, 4)
     drift_statistics_kernel(const DriftAttentionParams p, const DriftParts d, double* cosines) {
-  __shared__ float shared[kNumWarps][kWarpSize];
+  __shared__ float3 shared[kNumWarps][kWarpSize];
   __shared__ double reduced[kNumWarps];
   __shared__ bool is_last;
   wait_for_previous();
@@ -157,7 +161,8 @@ __global__ void __launch_bounds__(kNumThreads, 4)
   const bool is_valid = position >= q.first_key && position < q.end_key;
   const bool is_first_warp = threadIdx.x < kWarpSize;
   if (static_cast<int>(blockIdx.y) == rows_per_pass) {
-    const float mass = add_warps(is_valid ? add_window(p, d, q, position) : 0.0f, shared);
+    const float mine = is_valid ? add_window(p, d, q, position) : 0.0f;
+    const float mass = add_warps(make_float3(mine, 0.0f, 0.0f), shared).x;
     if (is_first_warp && position < p.capacity) p.mass[q.index * p.capacity + position] = mass;
     return;
   }
@@ -166,10 +171,9 @@ __global__ void __launch_bounds__(kNumThreads, 4)
     if (p.rows[q.begin + i] < 0) continue;
     float3 sums = make_float3(0.0f, 0.0f, 0.0f);
     if (is_valid) sums = compare(p, d, q, i, position);
-    const float dot = add_warps(sums.x, shared);
-    const float before = fmaxf(sqrtf(add_warps(sums.y, shared)), kMinNorm);
-    const float now = fmaxf(sqrtf(add_warps(sums.z, shared)), kMinNorm);
-    const double total = warp_reduce(double{dot / (before * now)}, Sum{});
+    sums = add_warps(sums, shared);
+    const float before = fmaxf(sqrtf(sums.y), kMinNorm), now = fmaxf(sqrtf(sums.z), kMinNorm);
+    const double total = warp_reduce(double{sums.x / (before * now)}, Sum{});
     if (threadIdx.x == 0) cosines[int64_t{q.first_tracked + i} * num_blocks + blockIdx.x] = total;
   }
   if (threadIdx.x == 0) {

@@ -32,8 +32,8 @@ void check_segments(const Checks& check, const Tensor& segments, int64_t num_row
 void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
                      const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,
                      const Tensor& rows, const Tensor& segments, const Tensor& key_range,
-                     double scale, const Tensor& out, const Tensor& lse, const Tensor& mass,
-                     const Tensor& similarity) {
+                     double scale, int64_t max_tracked, const Tensor& out, const Tensor& lse,
+                     const Tensor& mass, const Tensor& similarity) {
   const Checks check("drift_attention", {{"q_cache", q_cache, Type::kModel},
                                          {"k_cache", k_cache, Type::kModel},
                                          {"v_cache", v_cache, Type::kModel},
@@ -63,6 +63,7 @@ void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor&
 
   check.indices("rows", rows, slots);
   check.key_range(key_range, capacity);
+  check.that(max_tracked >= 0, "max_tracked must be at least 0, got ", max_tracked);
   check_segments(check, segments, num_rows, q_old && k_old);
   const DriftAttentionParams params{.dtype = check.dtype(),
                                     .num_sequences = num_sequences,
@@ -72,6 +73,7 @@ void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor&
                                     .head_dim = head_dim,
                                     .capacity = capacity,
                                     .scale = static_cast<float>(scale),
+                                    .max_tracked = max_tracked,
                                     .q_cache = input<void>(q_cache),
                                     .k_cache = input<void>(k_cache),
                                     .v_cache = input<void>(v_cache),

@@ -133,15 +133,16 @@ class Forward:
         work = self._workspace.rows(len(rows))
         self._embed(state, rows, work)
         verdict = state.first_full_layer.numpy() if drift and self._can_peek else None
+        most = min(state.tracked.numel(), len(rows))
         for index, layer in enumerate(self._layers):
             if verdict is not None and verdict.max() <= index:
                 self._store_input(index, rows, work)
                 return False
-            self._project_qkv(index, rows, work, is_first=index == 0)
+            self._project_qkv(index, rows, work, is_first=index == 0, saves=drift is not None)
             if drift is None:
                 self._attend(index, rows, state, work)
             else:
-                self._attend_and_test(index, rows, segments, drift, state, work)
+                self._attend_and_test(index, rows, segments, drift, state, work, most)
                 if verdict is not None:
                     self._decide(index, index + 1, drift, state)
             self._finish_layer(layer, work.attention_flat, work)
@@ -174,12 +175,12 @@ class Forward:
             if index == first and not embeds:
                 assert cached.x is not None  # a plan that can fail caches inputs
                 work.residual.copy_(cached.x[:length])
-            self._project_qkv(index, slots, work, is_first=index == first)
+            self._project_qkv(index, slots, work, is_first=index == first, saves=False)
             attention = self._attend_all(index, length)
             if drift is not None:
                 # torch's attention keeps no weights; W rows beside all of them cost little.
                 few = self._workspace.rows(len(candidates))
-                self._attend_and_test(index, candidates, candidate_segments, drift, state, few)
+                self._attend_and_test(index, candidates, candidate_segments, drift, state, few, 0)
             self._finish_layer(self._layers[index], attention, work)
         if drift is not None:
             self._decide(first, len(self._layers), drift, state)
@@ -187,7 +188,7 @@ class Forward:
     def hidden(self, index: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Normalised output [W, d] of the last pass at `index`, int32 [W] rows of its `num_rows`;
         -1 gives any row."""
-        # Indexing, because torch's index_select of up to 16 rows takes three times as long on a GPU.
+        # Indexing: on a GPU torch's index_select of up to 16 rows takes three times as long.
         work, at = self._workspace.rows(num_rows), index.clamp(min=0).long()
         residual = work.residual[at]
         hidden = torch.empty_like(residual)
@@ -230,11 +231,11 @@ class Forward:
         )
 
     def _project_qkv(
-        self, index: int, rows: torch.Tensor, work: Workspace, *, is_first: bool
+        self, index: int, rows: torch.Tensor, work: Workspace, *, is_first: bool, saves: bool
     ) -> None:
         """Adds the previous layer's output, unless this layer is the first to run, stores the
         layer's input, and writes q, k, v of the rows into the cache; what they overwrite goes to
-        q_old, k_old."""
+        q_old, k_old if `saves`."""
         layer, cached = self._layers[index], self._cache.layers[index]
         ops.project_qkv(
             work.residual,
@@ -250,8 +251,8 @@ class Forward:
             cached.q,
             cached.k,
             cached.v,
-            work.q_old,
-            work.k_old,
+            work.q_old if saves else None,
+            work.k_old if saves else None,
             work.hidden,
             work.qkv,
         )
@@ -293,6 +294,7 @@ class Forward:
         drift: DriftTest,
         state: DecodeState,
         work: Workspace,
+        max_tracked: int,
     ) -> None:
         cached, tested = self._cache.layers[index], drift.layers[index]
         ops.drift_attention(
@@ -305,6 +307,7 @@ class Forward:
             segments,
             state.key_range,
             self._scale,
+            max_tracked,
             work.attention,
             work.lse,
             tested.mass,

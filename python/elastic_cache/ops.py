@@ -180,6 +180,7 @@ def drift_attention(
     segments: Tensor,
     key_range: Tensor,
     scale: float,
+    max_tracked: int,
     out: Tensor,
     lse: Tensor,
     mass: Tensor,
@@ -190,7 +191,8 @@ def drift_attention(
 
     mass[s, k] sums the attention of all heads and window rows to key k; similarity[s] is the mean
     over (tracked row, key) of the cosine, over the HEAD axis, between the attention weights
-    before and after this layer's rows were written; +infinity without tracked rows.
+    before and after this layer's rows were written; +infinity without tracked rows, NaN beyond
+    `max_tracked` of them, counted through all sequences.
 
     Args:
         q_cache: model [N, H, D], after this layer's rows were written.
@@ -202,6 +204,7 @@ def drift_attention(
         segments: int32 [S, 5].
         key_range: int32 [S, 2].
         scale: factor of the scores, usually 1 / sqrt(D).
+        max_tracked: the most tracked rows; sizes the work on a GPU.
         out: out, model [R, H, D], as `window_attention` gives it.
         lse: out, float32 [R, H], likewise.
         mass: out, float32 [S, C]; 0 outside of the key range.
@@ -213,8 +216,8 @@ def drift_attention(
     Source: the paper's drift test and most-attended token, as its code computes them.
     """
     _drift_attention(
-        q_cache, k_cache, v_cache, q_old, k_old, rows, segments, key_range, scale, out, lse,
-        mass, similarity,
+        q_cache, k_cache, v_cache, q_old, k_old, rows, segments, key_range, scale,
+        max_tracked, out, lse, mass, similarity,
     )  # fmt: skip
 
 

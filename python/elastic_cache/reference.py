@@ -131,6 +131,7 @@ def drift_attention(
     segments: Tensor,  # [S, 5] int32
     key_range: Tensor,  # [S, 2] int32
     scale: float,
+    max_tracked: int,
     out: Tensor,  # [R, H, D] out
     lse: Tensor,  # [R, H] float32 out
     mass: Tensor,  # [S, C] float32 out
@@ -141,6 +142,7 @@ def drift_attention(
     _drift_statistics(
         q_cache, k_cache, q_old, k_old, rows, segments, key_range, lse, scale, mass, similarity
     )
+    similarity[segments[:, 1].cumsum(0) > max_tracked] = math.nan
 
 
 def _drift_statistics(

@@ -74,6 +74,7 @@ def make_case(
         "segments": segments,
         "key_range": int32(key_ranges, device),
         "scale": scale,
+        "max_tracked": sum(count[0] for count in counts) + 3,
         "out": poisoned(len(rows), num_heads, head_dim, **kind),
         "lse": poisoned(len(rows), num_heads, dtype=torch.float32, device=device),
         "mass": poisoned(len(counts), capacity, dtype=torch.float32, device=device),
@@ -121,6 +122,17 @@ def check(case: Case) -> dict[str, Tensor]:
     for name, expected in run(ops, "window_attention", attention).items():
         assert_same_bits(f"drift_attention: {name}", result[name], expected)
     return result
+
+
+@pytest.mark.parametrize("max_tracked", [0, 5, 6, 40, 1000])
+def test_more_tracked_rows_than_allowed(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype, max_tracked: int
+) -> None:
+    """The first sequence ends at 5 tracked rows, the second at 40; the third has none."""
+    counts, ranges = [(5, 1, 4, 0), (35, 0, 3, 1), (0, 0, 2, 0)], [(0, 70), (3, 60), (1, 9)]
+    case = {**make_case(rng, device, dtype, counts, ranges), "max_tracked": max_tracked}
+    is_nan = check(case)["similarity"].isnan().tolist()
+    assert is_nan == [max_tracked < 5, max_tracked < 40, max_tracked < 40]
 
 
 @pytest.mark.parametrize("size", TILE_SIZES)

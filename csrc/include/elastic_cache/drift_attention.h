@@ -7,6 +7,8 @@
 // The subtle thing: the cosine runs over the HEAD axis, one H-vector per (tracked row, key).
 // Each norm is clamped to at least 1e-8, as torch.nn.functional.cosine_similarity does.
 // No tracked row: similarity = +infinity, below no threshold. Keys outside the range: mass = 0.
+// Tracked rows beyond `max_tracked`, counted through all sequences: similarity = NaN. The bound is
+// what sizes the work of a GPU, where nobody looks at the segments.
 // Every row, whatever its segment, gets the out and lse of window_attention, in the same bits.
 #pragma once
 
@@ -23,6 +25,7 @@ struct DriftAttentionParams {
   int64_t head_dim;       // D
   int64_t capacity;       // C; sequence of a row = slot / C
   float scale;
+  int64_t max_tracked = -1;  // of all sequences together; -1: of any number
 
   const void* q_cache;       // [N, H, D] dtype
   const void* k_cache;       // [N, Hkv, D] dtype
@@ -38,10 +41,7 @@ struct DriftAttentionParams {
   float* mass;         // [S, C] out
   double* similarity;  // [S] out
 
-  // CUDA only. The workspace holds the weights of up to `max_tracked` tracked rows of all sequences
-  // together (0 = of any number, R): a similarity that has no room for its rows is NaN.
-  int64_t max_tracked = 0;
-  // drift_attention_workspace() bytes, aligned to 16; contents do not matter.
+  // CUDA only: drift_attention_workspace() bytes, aligned to 16; contents do not matter.
   void* workspace = nullptr;
 };
 

@@ -11,28 +11,21 @@ namespace elastic_cache::cuda::attention {
 template <int D>
 __device__ inline void copy_old_queries(const WindowAttentionParams& p, const DriftParts& drift,
                                         const LaneMap& lanes, OldShared<D>& old) {
-  constexpr int kVectors = D / 8;
-  const int first = static_cast<int>(blockIdx.x) * kOldLanes;
-  const auto* queries = static_cast<const bf16*>(drift.q_old);
-  for (int at = static_cast<int>(threadIdx.x); at < kOldLanes * kVectors; at += kNumThreads) {
-    const int i = at / kVectors, column = at % kVectors * 8;
-    const TrackedRow tracked = drift.tracked_row(p, lanes.row(first + i));
-    const int64_t from =
-        tracked.row < 0 ? 0 : (int64_t{tracked.row} * p.num_heads + lanes.head(first + i)) * D;
-    copy_async(&old.queries[i][column], queries + from + column, tracked.row >= 0);
-    if (column != 0) continue;
-    old.sequences[i] = tracked.row < 0 ? -1 : tracked.sequence;
-    old.items[i] = static_cast<int32_t>(lanes.item(first + i));
+  constexpr int kThreadsPerLane = kNumThreads / kOldLanes;
+  const int i = static_cast<int>(threadIdx.x) / kThreadsPerLane;
+  const int thread = static_cast<int>(threadIdx.x) % kThreadsPerLane;
+  const int lane = static_cast<int>(blockIdx.x) * kOldLanes + i;
+  const TrackedRow tracked = drift.tracked_row(p, lanes.row(lane));
+  const bool is_valid = tracked.row >= 0;
+  const int64_t from = is_valid ? (int64_t{tracked.row} * p.num_heads + lanes.head(lane)) * D : 0;
+  const auto* query = static_cast<const bf16*>(drift.q_old) + from;
+#pragma unroll
+  for (int column = thread * 8; column < D; column += kThreadsPerLane * 8) {
+    copy_async(&old.queries[i / 16][i % 16][column], query + column, is_valid);
   }
-}
-
-template <int D>
-__device__ inline void clear_old(OldShared<D>& old) {
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int i = thread; i < kOldLanes * kNumWarps; i += kNumThreads) {
-    old.max[i / kOldLanes][i % kOldLanes] = -INFINITY;
-    old.sum[i / kOldLanes][i % kOldLanes] = 0.0f;
-  }
+  if (thread != 0) return;
+  old.sequences[i / 16][i % 16] = is_valid ? tracked.sequence : -1;
+  old.items[i / 16][i % 16] = static_cast<int32_t>(lanes.item(lane));
 }
 
 // Keeps the scores of window and tracked rows, to base 2; `first` is the position of the tile.
@@ -65,18 +58,16 @@ __device__ inline void keep_scores(const WindowAttentionParams& p, const DriftPa
   }
 }
 
-// Scores of the old lanes against a tile of keys; `place` gives a key's position, or -1 for one
-// that is not theirs. Only this warp touches its maxima and sums.
+// Keeps the scores of the old lanes against a tile of `count` keys; `place` gives a key's position,
+// or -1 for one that is not theirs.
 template <int D, int M, class Place>
 __device__ inline void score_old(const WindowAttentionParams& p, const DriftParts& drift,
-                                 PartShared<D, M, true>& sh, int buffer, int count, int sequence,
-                                 float factor, const Place& place) {
+                                 const PartShared<D, M, true>& sh, int buffer, int count,
+                                 int sequence, float factor, const Place& place) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  OldShared<D>& old = sh.old;
+  const OldShared<D>& old = sh.old;
   if (warp * kKeysPerWarp >= count) return;
-  Scores<kOldLanes> score;
-  score_tile<D, kOldLanes>(sh.keys[buffer], old.queries, score);
   int position[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -84,30 +75,18 @@ __device__ inline void score_old(const WindowAttentionParams& p, const DriftPart
   }
 #pragma unroll
   for (int m = 0; m < kOldLanes / 16; ++m) {
-    if (!__any_sync(kFullWarp, old.sequences[m * 16 + lane % 16] == sequence)) continue;
+    if (!__any_sync(kFullWarp, old.sequences[m][lane % 16] == sequence)) continue;
+    Scores<16> score;
+    score_tile<D, 16>(sh.keys[buffer], old.queries[m], score);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = m * 16 + half * 8 + lane / 4;
-      const bool is_mine = old.sequences[row] == sequence;
-      float* to = drift.old_scores + (is_mine ? old.items[row] * p.capacity : 0);
-      float top = old.max[warp][row], total = 0.0f;
-      const float before = top;
-      float x[4];
+      const int row = half * 8 + lane / 4;
+      if (old.sequences[m][row] != sequence) continue;
+      float* to = drift.old_scores + old.items[m][row] * p.capacity;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[i] = position[i] < 0 ? -INFINITY : __fmul_rn(score[m][i / 2][half * 2 + i % 2], factor);
-        if (is_mine && position[i] >= 0) to[position[i]] = x[i];
-        top = fmaxf(top, x[i]);
-      }
-      top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total += position[i] < 0 ? 0.0f : exp2f(x[i] - top);
-      total += __shfl_xor_sync(kFullWarp, total, 1);
-      total += __shfl_xor_sync(kFullWarp, total, 2);
-      if (lane % 4 == 0 && top != -INFINITY) {
-        old.sum[warp][row] = old.sum[warp][row] * exp2f(before - top) + total;
-        old.max[warp][row] = top;
+        const float x = __fmul_rn(score[0][i / 2][half * 2 + i % 2], factor);
+        if (position[i] >= 0) to[position[i]] = x;
       }
     }
   }
@@ -156,17 +135,5 @@ struct SequenceRows {
     return slot >= 0 && key >= 0 && key < kTileKeys ? uint64_t{1} << key : 0;
   }
 };
-
-// Old lanes of `sequence` -> parts. Begins with a barrier.
-template <int D>
-__device__ inline void write_old_part(const WindowAttentionParams& p, const DriftParts& drift,
-                                      int sequence, int split, const OldShared<D>& old) {
-  __syncthreads();
-  const int i = static_cast<int>(threadIdx.x);
-  if (i >= kOldLanes || old.sequences[i] != sequence) return;
-  float2 all = make_float2(old.max[0][i], old.sum[0][i]);
-  for (int w = 1; w < kNumWarps; ++w) all = join(all, make_float2(old.max[w][i], old.sum[w][i]));
-  drift.old_softmax[split * drift.max_tracked * p.num_heads + old.items[i]] = all;
-}
 
 }  // namespace elastic_cache::cuda::attention

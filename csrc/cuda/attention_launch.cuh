@@ -13,15 +13,43 @@ constexpr float kLn2 = 0.69314718055994530942f;
 
 constexpr int kCombineWarps = 4;
 
-// A lane's log-sum-exp to base 2, tracked rows as they were.
-__device__ inline void combine_old(const DriftParts& drift, int num_splits, int64_t item,
-                                   int64_t num_items) {
+// Maximum and sum over two sets of keys; an empty one has maximum -infinity.
+__device__ inline float2 join(float2 a, float2 b) {
+  const float top = fmaxf(a.x, b.x);
+  if (top == -INFINITY) return make_float2(-INFINITY, 0.0f);
+  return make_float2(top, a.y * exp2f(a.x - top) + b.y * exp2f(b.x - top));
+}
+
+// Log-sum-exp to base 2 of a tracked row as it was and a head, from its scores.
+__device__ inline void combine_old(const WindowAttentionParams& p, const DriftParts& drift,
+                                   int64_t item) {
+  constexpr int kLoads = 16;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  float2 mine = make_float2(-INFINITY, 0.0f);
-  if (lane < num_splits) mine = drift.old_softmax[lane * num_items + item];
-  const float top = warp_reduce(mine.x, [](float a, float b) { return fmaxf(a, b); });
-  const float sum = warp_reduce(mine.y * exp2f(mine.x - top), Sum{});
-  if (lane == 0) drift.old_lse[item] = top + log2f(sum);
+  const TrackedRow tracked = drift.tracked_row(p, static_cast<int>(item / p.num_heads));
+  if (tracked.row < 0) return;
+  const int first_key = p.key_range[2 * tracked.sequence];
+  const int end_key = p.key_range[2 * tracked.sequence + 1];
+  const float* scores = drift.old_scores + item * p.capacity;
+  float2 all = make_float2(-INFINITY, 0.0f);
+  for (int first = first_key + lane; first < end_key; first += kLoads * kWarpSize) {
+    float x[kLoads], top = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int key = first + i * kWarpSize;
+      x[i] = key < end_key ? scores[key] : -INFINITY;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) top = fmaxf(top, x[i]);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) sum += exp2f(x[i] - top);
+    all = join(all, make_float2(top, sum));
+  }
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    all = join(all, make_float2(__shfl_xor_sync(kFullWarp, all.x, offset),
+                                __shfl_xor_sync(kFullWarp, all.y, offset)));
+  }
+  if (lane == 0) drift.old_lse[item] = all.x + log2f(all.y);
 }
 
 template <class T, bool kDrift>
@@ -35,7 +63,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
   const int64_t num_items = p.num_rows * p.num_heads;
   if (item >= num_items) {
     const int64_t num_old = kDrift ? drift.max_tracked * p.num_heads : 0;
-    if (item - num_items < num_old) combine_old(drift, parts.num_splits, item - num_items, num_old);
+    if (item - num_items < num_old) combine_old(p, drift, item - num_items);
     return;
   }
   float2 mine = make_float2(-INFINITY, 0.0f);

@@ -76,13 +76,6 @@ __device__ inline int next_sequence(const int32_t* sequences, int count, int aft
 // Old lanes (tracked rows as they were) of a block.
 constexpr int kOldLanes = 32;
 
-// Maximum and sum over two sets of keys; an empty one has maximum -infinity.
-__device__ inline float2 join(float2 a, float2 b) {
-  const float top = fmaxf(a.x, b.x);
-  if (top == -INFINITY) return make_float2(-INFINITY, 0.0f);
-  return make_float2(top, a.y * exp2f(a.x - top) + b.y * exp2f(b.x - top));
-}
-
 struct TrackedRow {
   int sequence;
   int row;  // -1: none, or skipped
@@ -98,7 +91,6 @@ struct DriftParts {
   int max_tracked;
   float* scores;           // [R, H, C] of window and tracked rows
   float* old_scores;       // [max_tracked, H, C] of tracked rows as they were
-  float2* old_softmax;     // [splits, max_tracked, H] maximum and sum
   float* old_lse;          // [max_tracked, H] to base 2
   unsigned int* finished;  // [S] blocks of the statistics
 

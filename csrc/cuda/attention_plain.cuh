@@ -139,12 +139,7 @@ __global__ void __launch_bounds__(kPlainLanes* kWarpSize, 2)
       }
       __syncwarp();
     }
-    if (!is_mine) continue;
-    if (kDrift && mine.is_old) {
-      const int64_t first_item = split * drift.max_tracked * p.num_heads;
-      if (lane == 0) drift.old_softmax[first_item + mine.item(p)] = make_float2(top, sum);
-      continue;
-    }
+    if (!is_mine || (kDrift && mine.is_old)) continue;
     const int64_t item = split * p.num_rows * p.num_heads + mine.item(p);
     if (lane == 0) parts.softmax[item] = make_float2(top, sum);
     for (int d = lane; d < dim && sum > 0.0f; d += kWarpSize) parts.out[item * dim + d] = out[d];

@@ -65,7 +65,7 @@ class Part {
   __device__ int next(int after) const {
     int sequence = next_sequence(sh_.sequences, M, after);
     if constexpr (kDrift) {
-      sequence = min(sequence, next_sequence(sh_.old.sequences, kOldLanes, after));
+      sequence = min(sequence, next_sequence(sh_.old.sequences[0], kOldLanes, after));
     }
     return sequence;
   }
@@ -94,10 +94,7 @@ class Part {
   // Two groups a tile, its keys and its values; those of the first are under way.
   __device__ void run_sequence(int sequence, const KeySpan& span) {
     const int num_tiles = max(span.end - span.begin + kTileKeys - 1, 0) / kTileKeys;
-    if constexpr (kDrift) {
-      clear_old(sh_.old);  // read after the next barrier
-      rows_.load(p_, drift_, sequence);
-    }
+    if constexpr (kDrift) rows_.load(p_, drift_, sequence);
     PartState<D, M> state;
     state.clear();
     for (int tile = 0; tile < num_tiles; ++tile) {
@@ -145,7 +142,7 @@ class Part {
 
   // Whether any of the block's old lanes is of that sequence: the same answer in every thread.
   __device__ bool has_old(int sequence) const {
-    const int mine = sh_.old.sequences[static_cast<int>(threadIdx.x) % kOldLanes];
+    const int mine = sh_.old.sequences[0][static_cast<int>(threadIdx.x) % kOldLanes];
     return __any_sync(kFullWarp, mine == sequence);
   }
 
@@ -159,7 +156,7 @@ class Part {
   }
 
   // The keys as they were of this split's share of the rows, the first tile of which is on its way
-  // if there were any tiles of the cache; then the old lanes' parts.
+  // if there were any tiles of the cache.
   __device__ void finish_old(int sequence, int num_tiles) {
     if (!has_old(sequence)) return;
     const int first_key = p_.key_range[2 * sequence], end_key = p_.key_range[2 * sequence + 1];
@@ -177,11 +174,9 @@ class Part {
       });
       __syncthreads();
     }
-    write_old_part(p_, drift_, sequence, split_, sh_.old);
-    __syncthreads();
   }
   __device__ bool has_any_old() const {
-    const int mine = sh_.old.sequences[static_cast<int>(threadIdx.x) % kOldLanes];
+    const int mine = sh_.old.sequences[0][static_cast<int>(threadIdx.x) % kOldLanes];
     return __any_sync(kFullWarp, mine >= 0);
   }
 

@@ -23,11 +23,9 @@ static_assert(kKeysPerWarp == 16, "a warp's scores are two B fragments wide");
 // matter.
 template <int D>
 struct OldShared {
-  bf16 queries[kOldLanes][D + kRowPad];
-  int32_t sequences[kOldLanes];
-  int32_t items[kOldLanes];  // tracked row * H + head
-  float max[kNumWarps][kOldLanes];
-  float sum[kNumWarps][kOldLanes];
+  bf16 queries[kOldLanes / 16][16][D + kRowPad];
+  int32_t sequences[kOldLanes / 16][16];
+  int32_t items[kOldLanes / 16][16];  // tracked row * H + head
 };
 
 struct Nothing {};

@@ -38,6 +38,7 @@ WindowAttentionParams attention_of(const DriftAttentionParams& p, void* workspac
 struct Layout {
   DriftParts drift;
   double* cosines;  // [max_tracked, key blocks] sums over keys
+  float* masses;    // [kMassParts, S, C] sums over some of the heads
   int64_t num_key_blocks;
   int64_t num_bytes;
 };
@@ -45,7 +46,6 @@ struct Layout {
 // Lays the arrays out from `memory` on, widest elements first.
 Layout lay_out(const DriftAttentionParams& p, void* memory) {
   const int64_t tracked = p.max_tracked >= 0 ? std::min(p.max_tracked, p.num_rows) : p.num_rows;
-  const int64_t splits = cuda::attention_splits(p.num_kv_heads, p.capacity);
   Layout layout{};
   layout.num_key_blocks =
       std::max<int64_t>((p.capacity + cuda::drift::kBlockKeys - 1) / cuda::drift::kBlockKeys, 1);
@@ -57,10 +57,10 @@ Layout lay_out(const DriftAttentionParams& p, void* memory) {
   };
   DriftParts& drift = layout.drift;
   take(layout.cosines, tracked * layout.num_key_blocks);
-  take(drift.old_softmax, splits * tracked * p.num_heads);
   take(drift.scores, p.num_rows * p.num_heads * p.capacity);
   take(drift.old_scores, tracked * p.num_heads * p.capacity);
   take(drift.old_lse, tracked * p.num_heads);
+  take(layout.masses, cuda::drift::kMassParts * p.num_sequences * p.capacity);
   take(drift.finished, p.num_sequences);
   drift.q_old = p.q_old;
   drift.k_old = p.k_old;
@@ -83,10 +83,11 @@ void drift_attention_cuda(const DriftAttentionParams& params, Stream stream) {
   cuda::attention::launch<true>(attention_of(params, params.workspace), layout.drift, stream);
   const int64_t rows = std::clamp<int64_t>(layout.drift.max_tracked, 1, cuda::kDriftRowBlocks);
   const dim3 grid(static_cast<unsigned int>(layout.num_key_blocks),
-                  static_cast<unsigned int>(rows + 1),
+                  static_cast<unsigned int>(rows + cuda::drift::kMassParts),
                   static_cast<unsigned int>(params.num_sequences));
   cuda::launch_overlapping("drift_attention", cuda::drift::drift_statistics_kernel, grid,
-                           cuda::drift::kNumThreads, stream, params, layout.drift, layout.cosines);
+                           cuda::drift::kNumThreads, stream, params, layout.drift, layout.cosines,
+                           layout.masses);
 }
 
 }  // namespace elastic_cache

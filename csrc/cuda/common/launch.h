@@ -91,12 +91,11 @@ void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int 
   launch_overlapping(op, kernel, grid, num_threads, stream, SharedBytes{0}, args...);
 }
 
-// Waits for the kernel before this one to end, and lets the one behind it be launched: that one
-// then waits in turn for this one's end, so all that was ever written before is complete.
+// Waits for the kernel before this one to end. No kernel lets its successor start before it ends
+// itself (griddepcontrol.launch_dependents): measured, that made a step 1 to 2 % slower.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
-  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 

@@ -22,7 +22,8 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
   m.def(
       "drift_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor? q_old, "
       "Tensor? k_old, Tensor rows, Tensor segments, Tensor key_range, float scale, "
-      "int max_tracked, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) mass, Tensor(d!) similarity) -> ()");
+      "int max_tracked, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) mass, Tensor(d!) similarity) -> "
+      "()");
   m.def(
       "drift_decision(Tensor similarity, Tensor gamma, Tensor mass, Tensor masked, "
       "Tensor key_range, int layer, Tensor(a!) first_full_layer, Tensor(b!) tracked) -> ()");

@@ -1,0 +1,58 @@
+"""Runners are kept for later requests, and go first when a GPU has no room."""
+
+from __future__ import annotations
+
+import elastic_cache
+import pytest
+import torch
+from elastic_cache import engine as engine_module
+from elastic_cache.engine import Engine
+
+QUESTION = [5, 6, 7, 8]
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return elastic_cache.load("tiny")
+
+
+def test_a_finished_request_lends_its_runner_to_the_next_of_its_shape(engine: Engine) -> None:
+    first = engine.stream(QUESTION, gen_length=12)
+    list(first)
+    second = engine.stream(QUESTION, gen_length=12)
+    assert second._runner is first._runner
+    assert engine.stream(QUESTION, gen_length=12)._runner is not first._runner
+    assert engine.stream(QUESTION, gen_length=13)._runner is not first._runner
+
+
+def test_a_runner_that_was_used_before_gives_the_same_answer(engine: Engine) -> None:
+    settings = dict(gen_length=40, trace=True, gamma=0.97)
+    fresh = [engine.generate([*QUESTION, token], **settings) for token in (9, 10)]
+    again = engine.generate([*QUESTION, 9], **settings)
+    assert again.trace == fresh[0].trace
+    assert torch.equal(again.ids, fresh[0].ids)
+
+
+def test_an_abandoned_request_keeps_its_runner(engine: Engine) -> None:
+    abandoned = engine.stream(QUESTION, gen_length=12)
+    next(abandoned)
+    assert engine.stream(QUESTION, gen_length=12)._runner is not abandoned._runner
+
+
+def test_idle_runners_go_when_the_gpu_has_no_room(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.generate(QUESTION, gen_length=12)
+    asked: list[int] = []
+
+    def check_memory(device: torch.device, num_bytes: int, what: str, advice: str) -> None:
+        asked.append(num_bytes)
+        if engine._runners._idle or len(asked) > 2:
+            raise ValueError(f"{what} need too much: {advice}")
+
+    monkeypatch.setattr(engine_module, "check_memory", check_memory)
+    engine.generate(QUESTION, gen_length=30)
+    assert len(asked) == 2 and asked[0] == asked[1] > 0
+    engine._runners._idle.clear()
+    with pytest.raises(ValueError, match="caches of this request need too much: shorten"):
+        engine.generate(QUESTION, gen_length=60)

@@ -1,6 +1,6 @@
 // What drift_attention's part kernel does beside the attention: it keeps scores, and computes those
 // of tracked rows as they were. Old queries must not see the keys written since: those are left out
-// of the tiles of the cache, and the last part of the keys takes them from k_old instead.
+// of the tiles of the cache, and taken from k_old in tiles of their own, a share for every split.
 #pragma once
 
 #include "attention_tile.cuh"

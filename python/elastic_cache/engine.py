@@ -25,7 +25,7 @@ from elastic_cache.errors import NonFiniteLogitsError
 from elastic_cache.memory import check_memory
 from elastic_cache.models import load_model
 from elastic_cache.models.weights import Model
-from elastic_cache.policies import make_policy
+from elastic_cache.policies import Policy, make_policy
 from elastic_cache.prompt import Prompt, encode_prompt
 from elastic_cache.report import (
     SEGMENT_WINDOW,
@@ -123,6 +123,22 @@ class Engine:
         return Request(self.model, self._runners, encoded, config)
 
 
+def runner_shape(
+    model: Model, policy: Policy, settings: GenerationConfig, length: int
+) -> RunnerShape:
+    """The runner that a request for a sequence of `length` positions needs."""
+    return RunnerShape(
+        capacity=capacity_for(length, model),
+        needs=policy.needs,
+        num_candidates=policy.num_candidates,
+        track_num=settings.track_num,
+        selects_rows=policy.window > 0,
+        tests_drift=policy.tests_drift,
+        has_noise=settings.temperature > 0,
+        eos_id=model.config.eos_id if policy.drops_tail_at_eos else -1,
+    )
+
+
 class RunnerPool:
     """Idle runners, most recently used last."""
 
@@ -173,18 +189,7 @@ class Request:
         policy = make_policy(prompt.masked.tolist(), settings, model.config.eos_id)
         self._policy = policy
         self._runners = runners
-        self._runner = runners.take(
-            RunnerShape(
-                capacity=capacity_for(len(prompt.ids), model),
-                needs=policy.needs,
-                num_candidates=policy.num_candidates,
-                track_num=settings.track_num,
-                selects_rows=policy.window > 0,
-                tests_drift=policy.tests_drift,
-                has_noise=settings.temperature > 0,
-                eos_id=model.config.eos_id if policy.drops_tail_at_eos else -1,
-            )
-        )
+        self._runner = runners.take(runner_shape(model, policy, settings, len(prompt.ids)))
         start = Start(prompt.ids, prompt.masked, policy.window, policy.lookahead, settings)
         self._report = self._runner.start(start)
         self._runs_ahead = model.device.type != "cpu"

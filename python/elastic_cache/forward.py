@@ -78,8 +78,7 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        buffers = {**vars(self), "attention_flat": self.lse[:0]}  # a view, not counted
-        return sum(buffer.numel() * buffer.element_size() for buffer in buffers.values())
+        return sum(t.nbytes for name, t in vars(self).items() if name != "attention_flat")
 
     def rows(self, num_rows: int) -> Workspace:
         """The same buffers cut to their first `num_rows` rows."""
@@ -158,23 +157,21 @@ class Forward:
         candidate_segments: torch.Tensor,
         state: DecodeState,
         drift: DriftTest | None,
-        *,
-        embeds: bool,
     ) -> None:
         """Layers `first` .. L - 1 over positions 0 .. length - 1.
 
-        Begins with the tokens if `embeds`, else with what the first layer's cache holds. With
+        Layer 0 begins with the tokens, another one with the inputs that its cache holds. With
         `drift` every layer chooses its tracked tokens by the attention of the candidates.
         """
         work = self._workspace.rows(length)
         slots = self._all_slots[:length]
-        if embeds:
+        if first == 0:
             self._embed(state, slots, work)
+        else:
+            inputs = self._cache.layers[first].x
+            assert inputs is not None  # a plan that can fail caches inputs
+            work.residual.copy_(inputs[:length])
         for index in range(first, len(self._layers)):
-            cached = self._cache.layers[index]
-            if index == first and not embeds:
-                assert cached.x is not None  # a plan that can fail caches inputs
-                work.residual.copy_(cached.x[:length])
             self._project_qkv(index, slots, work, is_first=index == first, saves=False)
             attention = self._attend_all(index, length)
             if drift is not None:
@@ -185,11 +182,10 @@ class Forward:
         if drift is not None:
             self._decide(first, len(self._layers), drift, state)
 
-    def hidden(self, index: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """Normalised output [W, d] of the last pass at `index`, int32 [W] rows of its `num_rows`;
-        -1 gives any row."""
+    def hidden(self, index: torch.Tensor) -> torch.Tensor:
+        """Normalised output [W, d] of rows `index` of the last pass, int32 [W]; -1 gives any."""
         # Indexing: on a GPU torch's index_select of up to 16 rows takes three times as long.
-        work, at = self._workspace.rows(num_rows), index.clamp(min=0).long()
+        work, at = self._workspace, index.clamp(min=0).long()
         residual = work.residual[at]
         hidden = torch.empty_like(residual)
         ops.add_rms_norm(

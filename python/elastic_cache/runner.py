@@ -112,7 +112,6 @@ class Runner:
         """Begins a sequence; the report says how many rows its first step has."""
         self._length, self._listed, self._plan = len(start.ids), None, None
         self._state.start(start.ids, start.masked)
-        self._state.first_full_layer.fill_(self._depth)
         self._lists.window.fill_(start.window)
         self._lists.lookahead.fill_(start.lookahead)
         self._decoder.start(start.settings)
@@ -175,16 +174,15 @@ class Runner:
         state.first_full_layer.fill_(self._depth)
         rows = lists.rows[:num_rows]
         if self._forward.run_rows(rows, lists.segments, state, self._drift):
-            self._end_step(lists.window_rows[:num_candidates], num_rows, self._drift is not None)
+            self._end_step(lists.window_rows[:num_candidates], has_verdict=self._drift is not None)
 
     def _run_full(self, first: int, num_candidates: int) -> None:
-        lists = self._lists
+        lists, state = self._lists, self._state
         candidates = lists.candidates[:num_candidates]
         self._forward.run_full(
-            first, self._length, candidates, lists.window_segments, self._state, self._drift,
-            embeds=self._plan is not None and self._plan.is_full,
-        )  # fmt: skip
-        self._run_captured(0, lambda: self._end_step(candidates, self._length, has_verdict=False))
+            first, self._length, candidates, lists.window_segments, state, self._drift
+        )
+        self._run_captured(0, lambda: self._end_step(candidates, has_verdict=False))
 
     def _run_captured(self, key: int, function: Callable[[], None]) -> None:
         """Window passes by their number of rows; 0 is the end of a full pass, whose buffers are
@@ -194,13 +192,13 @@ class Runner:
         else:
             self._graphs.run(key, function)
 
-    def _end_step(self, index: torch.Tensor, num_rows: int, has_verdict: bool) -> None:
+    def _end_step(self, index: torch.Tensor, *, has_verdict: bool) -> None:
         """Decodes and commits the candidates, found at `index` among the rows of the pass."""
         report, state, rule = self._report.device, self._state, self._rule
         count = len(index)
         token, confidence = report.token[:count], report.confidence[:count]
         candidates = report.candidates[:count]
-        self._decoder.decode(self._forward.hidden(index, num_rows), token, confidence)
+        self._decoder.decode(self._forward.hidden(index), token, confidence)
         ops.commit(
             token,
             confidence,

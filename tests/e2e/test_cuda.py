@@ -16,6 +16,7 @@ import pytest
 import torch
 from elastic_cache import decoding, forward, reference, runner
 from elastic_cache.config import GenerationConfig
+from elastic_cache.engine import runner_shape
 from elastic_cache.models import load_model
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
@@ -23,7 +24,7 @@ from elastic_cache.policies import make_policy
 from elastic_cache.problems import problems
 from elastic_cache.prompt import encode_prompt
 from elastic_cache.report import STATUS_MASKED
-from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for
+from elastic_cache.runner import Runner, Start
 
 from tests.conftest import why_no_cuda
 from tests.tolerance import assert_close
@@ -59,16 +60,7 @@ def moved(model: Model, device: str, dtype: torch.dtype) -> Model:
 def start(model: Model, question: str, ops: ModuleType) -> tuple[Pupil, Start]:
     prompt = encode_prompt(model, question, SETTINGS.gen_length)
     policy = make_policy(prompt.masked.tolist(), SETTINGS, model.config.eos_id)
-    shape = RunnerShape(
-        capacity=capacity_for(len(prompt.ids), model),
-        needs=policy.needs,
-        num_candidates=policy.num_candidates,
-        track_num=SETTINGS.track_num,
-        selects_rows=True,
-        tests_drift=True,
-        has_noise=False,
-        eos_id=model.config.eos_id,
-    )
+    shape = runner_shape(model, policy, SETTINGS, len(prompt.ids))
     begin = Start(prompt.ids, prompt.masked, policy.window, policy.lookahead, SETTINGS)
     return Pupil(Runner(model, shape, capture=False), ops), begin
 

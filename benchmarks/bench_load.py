@@ -15,43 +15,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from elastic_cache.config import ModelConfig
-from elastic_cache.models.weights import LayerWeights, Model
+from elastic_cache.models import llada
 from safetensors.torch import save_file
 from shapes import SHAPES, random_model
 
 SHARD_BYTES = 4 * 10**9
-
-
-def named_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's tensors as LLaDA's checkpoints name them."""
-    base, c = "model.transformer.", model.config
-    yield base + "wte.weight", model.weights.embedding
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    for index, layer in enumerate(model.weights.layers):
-        yield from _layer_tensors(f"{base}blocks.{index}.", layer, q, kv)
-    yield base + "ln_f.weight", model.weights.final_norm
-    yield base + "ff_out.weight", model.weights.head
-
-
-def _layer_tensors(
-    base: str, layer: LayerWeights, q: int, kv: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    parts = {
-        "attn_norm": layer.attention_norm,
-        "attn_out": layer.attention_out,
-        "ff_norm": layer.mlp_norm,
-        "ff_out": layer.down,
-    }
-    qkv = zip(("q_proj", "k_proj", "v_proj"), layer.qkv.split([q, kv, kv]), strict=True)
-    gate_up = zip(("ff_proj", "up_proj"), layer.gate_up.chunk(2), strict=True)
-    for name, tensor in (*parts.items(), *qkv, *gate_up):
-        yield f"{base}{name}.weight", tensor
 
 
 def write(folder: Path, shape: str, device: torch.device) -> None:
@@ -71,7 +42,7 @@ def write(folder: Path, shape: str, device: torch.device) -> None:
         shard.clear()
         size = 0
 
-    for name, tensor in named_tensors(model):
+    for name, tensor in llada.named_tensors(model.config, model.weights):
         shard[name] = tensor.contiguous().cpu()
         size += tensor.numel() * tensor.element_size()
         if size > SHARD_BYTES:
@@ -79,26 +50,8 @@ def write(folder: Path, shape: str, device: torch.device) -> None:
     close()
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(llada_config(SHAPES[shape])))
-
-
-def llada_config(c: ModelConfig) -> dict[str, Any]:
-    return {
-        "model_type": "llada",
-        "d_model": c.hidden_size,
-        "n_layers": c.num_layers,
-        "n_heads": c.num_heads,
-        "n_kv_heads": c.num_kv_heads,
-        "mlp_hidden_size": c.intermediate_size,
-        "vocab_size": c.vocab_size,
-        "embedding_size": c.vocab_size,
-        "max_sequence_length": c.max_length,
-        "rope_theta": c.rope_theta,
-        "rms_norm_eps": c.rms_norm_eps,
-        "weight_tying": c.tie_embeddings,
-        "mask_token_id": c.mask_id,
-        "eos_token_id": c.eos_id,
-    }
+    config = {"model_type": "llada", **llada.config_fields(model.config)}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def peak_host_bytes() -> int:
@@ -119,13 +72,10 @@ def load_once(folder: str, device_name: str) -> dict[str, float]:
     before, begin = peak_host_bytes(), time.perf_counter()
     engine = elastic_cache.load(folder, device=device_name, dtype="bfloat16")
     seconds = time.perf_counter() - begin
-    weights = engine.model.weights
-    tensors = [t for layer in weights.layers for t in vars(layer).values() if t is not None]
-    tensors += [weights.embedding, weights.head, weights.final_norm, weights.rope]
     is_cuda = device.type == "cuda"
     return {
         "seconds": seconds,
-        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "weight_bytes": engine.model.weights.num_bytes,
         "peak_host_growth_bytes": peak_host_bytes() - before,
         "peak_host_bytes": peak_host_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_reserved(device) if is_cuda else 0,

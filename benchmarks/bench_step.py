@@ -30,7 +30,7 @@ from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
 from elastic_cache.report import Report
 from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for
-from harness import stream_rate
+from harness import DTYPES, num_bytes, stream_rate, synchronise
 from shapes import SHAPES, random_model
 
 WINDOW, NUM_COMMITTED = 16, 2
@@ -132,7 +132,7 @@ def time_steps(
     for index in range(WARM_UP_STEPS + steps):
         with torch.inference_mode():
             restore()
-        synchronize(device)
+        synchronise(device)
         begin = time.perf_counter()
         runner.launch(plan)
         runner.finish()
@@ -153,10 +153,6 @@ def summarize(label: str, length: int, rows: int, times: list[float]) -> Timing:
         label, length, rows, len(times), statistics.median(times), share(0.95), share(0.99),
         ordered[0],
     )  # fmt: skip
-
-
-def time_full_step(runner: BenchRunner, length: int, steps: int, device: torch.device) -> Timing:
-    return time_steps("full step", runner, Plan(True, length, WINDOW), length, steps, device)
 
 
 def measure_length(
@@ -181,7 +177,8 @@ def measure_length(
                 label = f"with {layers} layers refreshed"
                 add(time_steps(label, runner, plan, length, max(steps // 10, 10), device))
             runner.forced_layer = None
-            add(time_full_step(runner, length, max(steps // 10, 10), device))
+            plan = Plan(True, length, WINDOW)
+            add(time_steps("full step", runner, plan, length, max(steps // 10, 10), device))
         del runner
     runner = make_runner(model, length, tests_drift=False, capture=True)
     for count in rows:
@@ -190,17 +187,12 @@ def measure_length(
     return timings
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def weight_bytes(model: Model) -> int:
     """Bytes of the weights that every step reads."""
     weights = model.weights
     layers = [tensor for layer in weights.layers for tensor in vars(layer).values()]
     used = [*layers, weights.head, weights.final_norm]
-    return sum(t.numel() * t.element_size() for t in used if t is not None)
+    return num_bytes(*(tensor for tensor in used if tensor is not None))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -235,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llada-8b")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--refreshes", type=int, nargs="+", default=[1, 8, 16, 31])
@@ -248,7 +240,7 @@ def main() -> None:
     device = torch.device(options.device)
     where = environment(device)
     print(where["gpu"] or "CPU", where["driver"], "torch", where["torch"], flush=True)
-    model = random_model(options.shape, device, getattr(torch, options.dtype))
+    model = random_model(options.shape, device, DTYPES[options.dtype])
     rate, size = stream_rate(device), weight_bytes(model)
     floor = 1e3 * size / rate
     print(f"read-only stream {rate / 1e12:.2f} TB/s; weights {size / 1e9:.2f} GB: {floor:.2f} ms")

@@ -159,11 +159,11 @@ def _timer() -> torch.cuda.Event:
 
 
 def _seconds(arm: Callable[[], object], count: int, device: torch.device) -> float:
-    _synchronise(device)
+    synchronise(device)
     begin = time.perf_counter()
     for _ in range(count):
         arm()
-    _synchronise(device)
+    synchronise(device)
     return time.perf_counter() - begin
 
 
@@ -179,7 +179,8 @@ def stream_rate(device: torch.device) -> float:
     return best
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits for a GPU; on the CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from elastic_cache.config import ModelConfig
+from elastic_cache.models import llada
 from elastic_cache.models.weights import ModelWeights
 from torch import Tensor
 
@@ -84,7 +85,9 @@ class FastDLLM:
         before = torch.backends.cuda.mem_efficient_sdp_enabled()
         self.model = _build(self.checkout, config)
         torch.backends.cuda.enable_mem_efficient_sdp(before)
-        self.model.load_state_dict(_state_dict(config, weights), strict=True, assign=True)
+        self.model.load_state_dict(
+            dict(llada.named_tensors(config, weights)), strict=True, assign=True
+        )
         self.model.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -242,20 +245,7 @@ def _lies_in(module: ModuleType, folder: Path) -> bool:
 def _build(checkout: Checkout, config: ModelConfig) -> Any:
     """Its model at our shape, parameters without storage; the other settings are LLaDA-8B's."""
     settings = dict(
-        d_model=config.hidden_size,
-        n_layers=config.num_layers,
-        n_heads=config.num_heads,
-        n_kv_heads=config.num_kv_heads,
-        mlp_hidden_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        embedding_size=config.vocab_size,
-        max_sequence_length=config.max_length,
-        rope_theta=config.rope_theta,
-        rms_norm_eps=config.rms_norm_eps,
-        weight_tying=config.tie_embeddings,
-        include_qkv_bias=config.has_qkv_bias,
-        mask_token_id=config.mask_id,
-        eos_token_id=config.eos_id,
+        **llada.config_fields(config),
         pad_token_id=config.eos_id,
         rope=True,
         rope_full_precision=True,
@@ -273,29 +263,3 @@ def _build(checkout: Checkout, config: ModelConfig) -> Any:
     outer = checkout.settings.LLaDAConfig(**settings)
     outer.use_cache = False  # its forward reads it, and transformers 5 drops it from a config
     return modeling.LLaDAModelLM(outer, model=network)
-
-
-def _state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, Tensor]:
-    """Our tensors under LLaDA's names: views of the fused ones."""
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    ffn = config.intermediate_size
-    root = "model.transformer."
-    found = {root + "wte.weight": weights.embedding, root + "ln_f.weight": weights.final_norm}
-    if not config.tie_embeddings:
-        found[root + "ff_out.weight"] = weights.head
-    for index, layer in enumerate(weights.layers):
-        parts = {
-            "attn_norm.weight": layer.attention_norm,
-            "attn_out.weight": layer.attention_out,
-            "ff_norm.weight": layer.mlp_norm,
-            "ff_proj.weight": layer.gate_up[:ffn],
-            "up_proj.weight": layer.gate_up[ffn:],
-            "ff_out.weight": layer.down,
-        }
-        stacked = {"weight": layer.qkv, "bias": layer.qkv_bias}
-        for kind, tensor in stacked.items():
-            if tensor is not None:
-                for name, part in zip("qkv", tensor.split([q, kv, kv]), strict=True):
-                    parts[f"{name}_proj.{kind}"] = part
-        found |= {f"{root}blocks.{index}.{name}": tensor for name, tensor in parts.items()}
-    return found

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import random_tensors, save_tensors, write_checkpoint
 from elastic_cache.device import survey, why_unusable
-from elastic_cache.models import CheckpointError, Model, load_model, staging
+from elastic_cache.models import CheckpointError, Model, llada, load_model, staging
 from elastic_cache.models.checkpoint import TensorFiles
 
 CPU = torch.device("cpu")
@@ -244,6 +244,28 @@ def test_model_remembers_how_it_was_loaded(tmp_path: Path) -> None:
     model = load(folder, torch.bfloat16)
     assert (model.name, model.device, model.dtype) == (str(folder), CPU, torch.bfloat16)
     assert json.loads((folder / "config.json").read_text())["d_model"] == model.config.hidden_size
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_model_written_by_lladas_names_loads_as_it_was(
+    tmp_path: Path, tied: bool, has_bias: bool
+) -> None:
+    """config_fields and named_tensors are what read_config and load_weights read."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    model = load(write_checkpoint(first, **SHAPE, tied=tied, include_qkv_bias=has_bias))
+    second.mkdir()
+    config = {"model_type": "llada", **llada.config_fields(model.config)}
+    (second / "config.json").write_text(json.dumps(config))
+    named = dict(llada.named_tensors(model.config, model.weights))
+    save_tensors(second, {name: tensor.contiguous() for name, tensor in named.items()})
+    again = load(second)
+    assert again.config == model.config
+    for got, want in zip(again.weights.layers, model.weights.layers, strict=True):
+        for name, tensor in vars(want).items():
+            assert vars(got)[name] is tensor is None or torch.equal(vars(got)[name], tensor)
+    for name in ("embedding", "final_norm", "head"):
+        assert torch.equal(getattr(again.weights, name), getattr(model.weights, name))
 
 
 def test_memory_of_a_load_to_the_gpu(tmp_path: Path) -> None:

@@ -67,6 +67,26 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     return config
 
 
+def config_fields(config: ModelConfig) -> dict[str, Any]:
+    """LLaDA's own spelling of what `read_config` reads: the sizes and the special ids."""
+    return {
+        "d_model": config.hidden_size,
+        "n_layers": config.num_layers,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "mlp_hidden_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "embedding_size": config.vocab_size,
+        "max_sequence_length": config.max_length,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "weight_tying": config.tie_embeddings,
+        "include_qkv_bias": config.has_qkv_bias,
+        "mask_token_id": config.mask_id,
+        "eos_token_id": config.eos_id,
+    }
+
+
 class _Fields:
     """Typed access to config.json with one sentence per mistake."""
 
@@ -259,6 +279,12 @@ class _Source:
     layer: int  # -1 = a tensor of the model itself
     field: str
     first_row: int
+
+
+def named_tensors(config: ModelConfig, weights: ModelWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's tensors by LLaDA's own names: views, also of the fused ones."""
+    for source in _sources(config, _LLADA_NAMES):
+        yield source.name, _destination(weights, source)
 
 
 def load_weights(

@@ -185,7 +185,7 @@ class Request:
         self.settings = settings
         self._model = model
         self._started = time.perf_counter()
-        self._ids = prompt.ids.clone()
+        self._ids: list[int] = prompt.ids.tolist()
         policy = make_policy(prompt.masked.tolist(), settings, model.config.eos_id)
         self._policy = policy
         self._runners = runners
@@ -225,7 +225,7 @@ class Request:
 
     def tokens(self) -> torch.Tensor:
         """The sequence as it stands, int64 [T] on the CPU; undecoded positions hold the mask id."""
-        return self._ids.clone()
+        return torch.tensor(self._ids, dtype=torch.int64)
 
     @property
     def result(self) -> Generation:
@@ -260,12 +260,15 @@ class Request:
             )
         index, depth = self._num_steps, self._model.config.num_layers
         first_full = -1 if index == 0 else first_full
-        hits = report.is_committed[: len(candidates)].nonzero().flatten().tolist()
-        committed = [candidates[hit] for hit in hits]
-        tokens: list[int] = report.token[hits].tolist()
+        # As lists: indexing a handful of elements by tensors costs more than all of this.
+        flags, token = report.is_committed.tolist(), report.token.tolist()
+        confidence = report.confidence.tolist()
+        hits = [i for i in range(len(candidates)) if flags[i]]
+        committed, tokens = [candidates[i] for i in hits], [token[i] for i in hits]
         self._num_steps += 1
         self._layers_refreshed += depth - first_full
-        self._ids[committed] = torch.tensor(tokens, dtype=torch.int64)
+        for position, token_id in zip(committed, tokens, strict=True):
+            self._ids[position] = token_id
         eos = self._model.config.eos_id
         if self._cut < 0 and eos in tokens:
             self._cut = committed[tokens.index(eos)]
@@ -274,7 +277,7 @@ class Request:
             first_full_layer=first_full,
             committed=committed,
             tokens=tokens,
-            confidence=report.confidence[hits].tolist(),
+            confidence=[confidence[i] for i in hits],
             tracked=_positions(report.tracked) if self._policy.tests_drift else [],
             num_rows=launched.num_rows,
             num_masked=status[STATUS_MASKED],

@@ -134,7 +134,7 @@ class Forward:
         verdict = state.first_full_layer.numpy() if drift and self._can_peek else None
         most = min(state.tracked.numel(), len(rows))
         for index, layer in enumerate(self._layers):
-            if verdict is not None and verdict.max() <= index:
+            if verdict is not None and max(verdict.tolist()) <= index:
                 self._store_input(index, rows, work)
                 return False
             self._project_qkv(index, rows, work, is_first=index == 0, saves=drift is not None)

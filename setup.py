@@ -101,6 +101,8 @@ def extension():
         # what GPUs newer than 9.0 run; only 9.0a, not 9.0, has wgmma. No nvcc flag may contain
         # "arch": torch would then drop all -gencode flags, so -march stays with the host compiler.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
+        if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
+            macros += [("ELASTIC_CACHE_SM90A", None)]
         flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "-Xptxas", "-v,--warn-on-spills"]
     kind = CUDAExtension if has_cuda else CppExtension
     return kind(

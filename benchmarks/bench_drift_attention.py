@@ -52,7 +52,6 @@ def make_case(
             segments,
             key_range,
             scale,
-            tracked,
             out,
             lse,
             mass,

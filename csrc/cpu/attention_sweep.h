@@ -87,8 +87,9 @@ void update_softmax(const LaneRows& scores, int64_t num_keys, SweepBuffers& stat
 }
 
 // Sweeps NV vectors of lanes, whose queries are packed in w.query, over all keys; the first
-// `num_outputs` of them get outputs. `block_scores(begin)` says where the scores of the block from
-// key `begin` on go, `scored(begin, n)` may change them, `weighted(begin)` sees w.max after them.
+// `num_outputs` of them get outputs, none: values are not read. `block_scores(begin)` says where
+// the scores of the block from key `begin` on go, `scored(begin, n)` may change them,
+// `weighted(begin)` sees w.max after them.
 template <int NV, class T, class Lanes>
 void sweep_keys(const HeadCache<T>& c, int64_t num_outputs, SweepBuffers& w, const Lanes& lanes) {
   constexpr int64_t kWidth = NV * kLanes;
@@ -100,7 +101,7 @@ void sweep_keys(const HeadCache<T>& c, int64_t num_outputs, SweepBuffers& w, con
   for (int64_t begin = 0; begin < c.num_keys; begin += kBlockKeys) {
     const int64_t n = std::min(kBlockKeys, c.num_keys - begin), next = begin + n;
     const LaneRows scores = lanes.block_scores(begin);
-    RowPrefetch<T> values(c.values + begin * c.stride, c.stride, n, c.dim);
+    RowPrefetch<T> values(c.values + begin * c.stride, c.stride, num_outputs == 0 ? 0 : n, c.dim);
     const Operand k = rows_operand(c.keys + begin * c.stride, c.stride, n, c.dim, w.keys);
     lane_product<NV>({w.query, kWidth}, k, c.dim, n, nullptr, scores,
                      [&](int64_t count) { values.next(count); });
@@ -109,14 +110,14 @@ void sweep_keys(const HeadCache<T>& c, int64_t num_outputs, SweepBuffers& w, con
     Float8 rescale[NV];
     update_softmax<NV>(scores, n, w, rescale);
     lanes.weighted(begin);
+    if (num_outputs == 0) continue;
     copy_rows(c.values + begin * c.stride, c.stride, n, c.dim, w.values);
     const int64_t num_next = std::min(kBlockKeys, c.num_keys - next);
     const int64_t share = (num_next + c.dim - 1) / c.dim;
     RowPrefetch<T> keys(c.keys + next * c.stride, c.stride, num_next, c.dim);
     with_vectors(num_outputs, [&](auto vectors) {
       if constexpr (vectors() <= NV) {
-        lane_product<vectors()>(scores, {w.values, c.dim, 1}, n, c.dim, rescale,
-                                {w.output, kWidth},
+        lane_product<vectors()>(scores, {w.values, c.dim, 1}, n, c.dim, rescale, {w.output, kWidth},
                                 [&](int64_t count) { keys.next(count * share); });
       }
     });

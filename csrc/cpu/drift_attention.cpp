@@ -88,7 +88,7 @@ Sequence describe(const DriftAttentionParams& p, int64_t s) {
     }
   };
   add(kinds.window);
-  add(kinds.other);
+  if (p.out != nullptr) add(kinds.other);
   add(kinds.tracked);
   q.num_new = static_cast<int64_t>(q.lanes.size());
   if (q.num_tracked == 0) return q;
@@ -211,7 +211,7 @@ void AttendTask<T>::finish() const {
       store8(at, exp2_flush(load8(at) - b_.max[v]) * inverse);
     }
   }
-  for (int64_t i = 0; i < num_new_; ++i) {
+  for (int64_t i = 0; i < num_new_ && p_.out != nullptr; ++i) {
     const int64_t at = lane(i).row * p_.num_heads + head(i);
     write_lane(b_, i, width_, dim, q_.num_keys > 0, static_cast<T*>(p_.out) + at * dim,
                p_.lse + at);
@@ -222,7 +222,7 @@ template <class T>
 void AttendTask<T>::run() const {
   pack();
   const auto cache = head_cache<T>(p_, q_.index, kv_head_);
-  const int64_t num_outputs = round_up(num_new_, kLanes) / kLanes;
+  const int64_t num_outputs = p_.out == nullptr ? 0 : round_up(num_new_, kLanes) / kLanes;
   with_vectors(width_ / kLanes,
                [&](auto vectors) { sweep_keys<vectors()>(cache, num_outputs, b_, *this); });
   finish();
@@ -300,13 +300,6 @@ void compare_block(const DriftAttentionParams& p, const Sequence& q, const Works
 }
 
 // Both phases of one sequence; called by every thread of a parallel region, or by one alone.
-// Whether a sequence's tracked rows, and those of the sequences before, are within the bound.
-bool fits(const DriftAttentionParams& p, int64_t s) {
-  int64_t count = 0;
-  for (int64_t i = 0; i <= s; ++i) count += p.segments[i * kSegmentColumns + kSegmentTracked];
-  return p.max_tracked < 0 || count <= p.max_tracked;
-}
-
 template <class T>
 void run_sequence(const DriftAttentionParams& p, const Sequence& q, const Workspace& w,
                   SweepBuffers& b) {
@@ -329,7 +322,6 @@ void run_sequence(const DriftAttentionParams& p, const Sequence& q, const Worksp
     for (int64_t block = 0; block < q.num_blocks(); ++block) total += w.cosines[block];
     const int64_t count = q.num_tracked * q.num_keys;
     p.similarity[q.index] = count == 0 ? double{kInfinity} : total / static_cast<double>(count);
-    if (!fits(p, q.index)) p.similarity[q.index] = std::numeric_limits<double>::quiet_NaN();
   }
 }
 
@@ -382,7 +374,7 @@ void drift_attention_cpu(const DriftAttentionParams& params) {
     std::fill(mass + q.first_key + q.num_keys, mass + params.capacity, 0.0f);
   }
   with_dtype(params.dtype, [&](auto zero) {
-    clear_skipped_rows<decltype(zero)>(params);
+    if (params.out != nullptr) clear_skipped_rows<decltype(zero)>(params);
     run<decltype(zero)>(params, sequences);
   });
 }

@@ -1,5 +1,4 @@
-// What the forms of attention's part kernel share: how lanes and keys are cut, what a part is, and
-// what drift_attention keeps beside it.
+// What the forms of attention's part kernel share: how lanes and keys are cut, and what a part is.
 #pragma once
 
 #include <climits>
@@ -13,7 +12,6 @@
 
 namespace elastic_cache::cuda::attention {
 
-constexpr int kTileKeys = kAttentionTileKeys;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr int kNoSequence = INT_MAX;
 
@@ -33,6 +31,7 @@ struct KeySpan {
 __device__ inline KeySpan split_keys(const int32_t* key_range, int sequence, int split,
                                      int num_splits) {
   const int first = key_range[2 * sequence], last = key_range[2 * sequence + 1];
+  constexpr int kTileKeys = kAttentionTileKeys;
   const int tiles = (max(last - first, 0) + kTileKeys - 1) / kTileKeys;
   const auto tile = [&](int i) {
     return static_cast<int>(static_cast<int64_t>(tiles) * i / num_splits);
@@ -72,61 +71,5 @@ __device__ inline int next_sequence(const int32_t* sequences, int count, int aft
   }
   return __reduce_min_sync(kFullWarp, best);
 }
-
-// Old lanes (tracked rows as they were) of a block.
-constexpr int kOldLanes = 32;
-
-struct TrackedRow {
-  int sequence;
-  int row;  // -1: none, or skipped
-};
-
-// What drift_attention keeps: scores to base 2, of keys in the range alone. Tracked rows are
-// numbered through all sequences.
-struct DriftParts {
-  const void* q_old;
-  const void* k_old;
-  const int32_t* segments;
-  int num_sequences;
-  int max_tracked;
-  float* scores;           // [R, H, C] of window and tracked rows
-  float* old_scores;       // [max_tracked, H, C] of tracked rows as they were
-  float* old_lse;          // [max_tracked, H] to base 2
-  unsigned int* finished;  // [S] blocks of the statistics
-
-  __device__ void begin() const {
-    if (blockIdx.x != 0 || blockIdx.y != 0 || blockIdx.z != 0) return;
-    for (int s = static_cast<int>(threadIdx.x); s < num_sequences;
-         s += static_cast<int>(blockDim.x)) {
-      finished[s] = 0;
-    }
-  }
-  // Rows begin .. end - 1 of a sequence.
-  __device__ int2 rows_of(int sequence) const {
-    const int32_t* segment = segments + sequence * kSegmentColumns;
-    const int begin = segment[kSegmentBegin];
-    return make_int2(begin, begin + segment[kSegmentTracked] + segment[kSegmentCommitted] +
-                                segment[kSegmentWindow] + segment[kSegmentLookahead]);
-  }
-  __device__ bool is_kept(int sequence, int row) const {
-    if (sequence < 0) return false;
-    const int32_t* segment = segments + sequence * kSegmentColumns;
-    const int at = row - segment[kSegmentBegin], tracked = segment[kSegmentTracked];
-    const int window = at - tracked - segment[kSegmentCommitted];
-    return (at >= 0 && at < tracked) || (window >= 0 && window < segment[kSegmentWindow]);
-  }
-  __device__ TrackedRow tracked_row(const WindowAttentionParams& p, int index) const {
-    if (index >= max_tracked) return {-1, -1};
-    for (int s = 0; s < num_sequences; ++s) {
-      const int32_t* segment = segments + s * kSegmentColumns;
-      if (index < segment[kSegmentTracked]) {
-        const int row = segment[kSegmentBegin] + index;
-        return {s, p.rows[row] < 0 ? -1 : row};
-      }
-      index -= segment[kSegmentTracked];
-    }
-    return {-1, -1};
-  }
-};
 
 }  // namespace elastic_cache::cuda::attention

@@ -19,7 +19,7 @@ int64_t window_attention_workspace(const WindowAttentionParams& p) {
 
 void window_attention_cuda(const WindowAttentionParams& params, Stream stream) {
   if (params.num_rows == 0 || params.num_heads == 0) return;
-  cuda::attention::launch<false>(params, {}, stream);
+  cuda::attention::launch(params, stream);
 }
 
 }  // namespace elastic_cache

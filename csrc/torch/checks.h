@@ -159,6 +159,25 @@ class Checks {
     }
   }
 
+  // segments [S, columns] stay inside the row list, and tracked rows come with what they overwrote.
+  void segments(const Tensor& tensor, int64_t num_rows, bool has_old) const {
+    if (!tensor.is_cpu()) return;
+    const auto* segment = static_cast<const int32_t*>(tensor.const_data_ptr());
+    for (int64_t s = 0; s < tensor.size(0); ++s, segment += kSegmentColumns) {
+      int64_t end = segment[kSegmentBegin];
+      bool is_inside = end >= 0;
+      for (int column = kSegmentTracked; column < kSegmentColumns; ++column) {
+        is_inside = is_inside && segment[column] >= 0;
+        end += segment[column];
+      }
+      that(is_inside && end <= num_rows, "segments must lie inside the ", num_rows,
+           " rows, got begin ", segment[kSegmentBegin], " and end ", end, " for sequence ", s);
+      that(has_old || segment[kSegmentTracked] == 0,
+           "q_old and k_old must be given when a sequence has tracked rows, got none for the ",
+           segment[kSegmentTracked], " tracked rows of sequence ", s);
+    }
+  }
+
  private:
   const char* op_;
   DType dtype_ = DType::kFloat32;

@@ -6,34 +6,12 @@
 #include "ops.h"
 
 namespace elastic_cache::ops {
-namespace {
-
-// Segments stay inside the row list, and tracked rows come with what they overwrote.
-void check_segments(const Checks& check, const Tensor& segments, int64_t num_rows, bool has_old) {
-  if (!segments.is_cpu()) return;
-  const int32_t* segment = input<int32_t>(segments);
-  for (int64_t s = 0; s < segments.size(0); ++s, segment += kSegmentColumns) {
-    int64_t end = segment[kSegmentBegin];
-    bool is_inside = end >= 0;
-    for (int column = kSegmentTracked; column < kSegmentColumns; ++column) {
-      is_inside = is_inside && segment[column] >= 0;
-      end += segment[column];
-    }
-    check.that(is_inside && end <= num_rows, "segments must lie inside the ", num_rows,
-               " rows, got begin ", segment[kSegmentBegin], " and end ", end, " for sequence ", s);
-    check.that(has_old || segment[kSegmentTracked] == 0,
-               "q_old and k_old must be given when a sequence has tracked rows, got none for the ",
-               segment[kSegmentTracked], " tracked rows of sequence ", s);
-  }
-}
-
-}  // namespace
 
 void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
                      const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,
                      const Tensor& rows, const Tensor& segments, const Tensor& key_range,
-                     double scale, int64_t max_tracked, const Tensor& out, const Tensor& lse,
-                     const Tensor& mass, const Tensor& similarity) {
+                     double scale, const Tensor& out, const Tensor& lse, const Tensor& mass,
+                     const Tensor& similarity) {
   const Checks check("drift_attention", {{"q_cache", q_cache, Type::kModel},
                                          {"k_cache", k_cache, Type::kModel},
                                          {"v_cache", v_cache, Type::kModel},
@@ -63,8 +41,7 @@ void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor&
 
   check.indices("rows", rows, slots);
   check.key_range(key_range, capacity);
-  check.that(max_tracked >= 0, "max_tracked must be at least 0, got ", max_tracked);
-  check_segments(check, segments, num_rows, q_old && k_old);
+  check.segments(segments, num_rows, q_old && k_old);
   const DriftAttentionParams params{.dtype = check.dtype(),
                                     .num_sequences = num_sequences,
                                     .num_rows = num_rows,
@@ -73,7 +50,6 @@ void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor&
                                     .head_dim = head_dim,
                                     .capacity = capacity,
                                     .scale = static_cast<float>(scale),
-                                    .max_tracked = max_tracked,
                                     .q_cache = input<void>(q_cache),
                                     .k_cache = input<void>(k_cache),
                                     .v_cache = input<void>(v_cache),

@@ -1,5 +1,5 @@
 // Every schema of torch.ops.elastic_cache, in one list. Shapes and dtypes: the op's header under
-// include/elastic_cache/, its docstring in python/elastic_cache/ops.py.
+// include/elastic_cache/, its docstring in python/elastic_cache/ops.
 // All ops write into tensors they are given and return nothing: nothing is allocated in a step,
 // and a captured CUDA graph sees stable addresses.
 #include "ops.h"
@@ -22,7 +22,10 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
   m.def(
       "drift_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor? q_old, "
       "Tensor? k_old, Tensor rows, Tensor segments, Tensor key_range, float scale, "
-      "int max_tracked, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) mass, Tensor(d!) similarity) -> "
+      "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) mass, Tensor(d!) similarity) -> ()");
+  m.def(
+      "drift_statistics(Tensor q_cache, Tensor k_cache, Tensor? q_old, Tensor? k_old, Tensor rows, "
+      "Tensor segments, Tensor key_range, float scale, Tensor(a!) mass, Tensor(b!) similarity) -> "
       "()");
   m.def(
       "drift_decision(Tensor similarity, Tensor gamma, Tensor mass, Tensor masked, "
@@ -60,6 +63,7 @@ static void implement(Library& m) {
   m.impl("cache_write", TORCH_BOX(&ops::cache_write));
   m.impl("window_attention", TORCH_BOX(&ops::window_attention));
   m.impl("drift_attention", TORCH_BOX(&ops::drift_attention));
+  m.impl("drift_statistics", TORCH_BOX(&ops::drift_statistics));
   m.impl("drift_decision", TORCH_BOX(&ops::drift_decision));
   m.impl("add_rms_norm", TORCH_BOX(&ops::add_rms_norm));
   m.impl("linear", TORCH_BOX(&ops::linear));

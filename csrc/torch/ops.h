@@ -28,8 +28,13 @@ void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor
 void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
                      const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,
                      const Tensor& rows, const Tensor& segments, const Tensor& key_range,
-                     double scale, int64_t max_tracked, const Tensor& out, const Tensor& lse,
-                     const Tensor& mass, const Tensor& similarity);
+                     double scale, const Tensor& out, const Tensor& lse, const Tensor& mass,
+                     const Tensor& similarity);
+
+void drift_statistics(const Tensor& q_cache, const Tensor& k_cache,
+                      const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,
+                      const Tensor& rows, const Tensor& segments, const Tensor& key_range,
+                      double scale, const Tensor& mass, const Tensor& similarity);
 
 void drift_decision(const Tensor& similarity, const Tensor& gamma, const Tensor& mass,
                     const Tensor& masked, const Tensor& key_range, int64_t layer,

@@ -34,7 +34,7 @@ class LayerCache:
 
 
 class Cache:
-    """All layers of the cache of one request.
+    """All layers of the cache of one request; `q` and `k` are [L, N, heads, D], L = 1 of scratch.
 
     Args:
         config: the model's shape.
@@ -61,8 +61,8 @@ class Cache:
 
         query = (config.num_heads, config.head_dim)
         key = (config.num_kv_heads, config.head_dim)
-        q = allocate(depth if needs.queries else 1, *query)
-        k = allocate(depth if needs.keys_values else 1, *key)
+        self.q = q = allocate(depth if needs.queries else 1, *query)
+        self.k = k = allocate(depth if needs.keys_values else 1, *key)
         v = allocate(depth if needs.keys_values else 1, *key)
         x = allocate(depth, config.hidden_size) if needs.inputs else None
         self.layers = tuple(

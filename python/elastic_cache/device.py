@@ -13,9 +13,6 @@ from elastic_cache import native
 OLDEST_CAPABILITY = (8, 0)
 """The kernels use bfloat16 tensor cores and asynchronous copies, which are new in 8.0."""
 
-DRIFT_SHARED_BYTES = 110 * 1024
-"""Shared memory that `drift_attention` takes a block at head_dim 128; sm_86 and sm_89 have less."""
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -24,7 +21,6 @@ class Gpu:
     name: str
     capability: tuple[int, int]
     has_code: bool | None  # whether the CUDA kernels of this build run on it; None = not asked
-    shared_bytes: int  # the most shared memory that a block may have
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,7 @@ def survey(ask: Collection[int]) -> Cuda:
 def _look_at(index: int, is_asked: bool) -> Gpu:
     seen = torch.cuda.get_device_properties(index)
     has_code = native.has_cuda_code(index) if is_asked else None
-    # One KB of a multiprocessor's shared memory is the system's, in every block.
-    shared_bytes = seen.shared_memory_per_multiprocessor - 1024
-    return Gpu(seen.name, (seen.major, seen.minor), has_code, shared_bytes)
+    return Gpu(seen.name, (seen.major, seen.minor), has_code)
 
 
 def why_unusable(cuda: Cuda, index: int) -> Problem | None:

@@ -1,6 +1,6 @@
 """Runs rows through the layers of a model, against a cache.
 
-    run_rows   the listed rows only, against all cached keys; then the drift test
+    run_rows   the listed rows only, against all cached keys; and the drift test
     run_full   every position; its inputs are the previous full layer's output, or, in the first
                full layer of a step, the layer's own cached inputs
 The subtle thing: run_rows goes on after a failed drift test wherever looking at the verdict would
@@ -85,6 +85,30 @@ class Workspace:
         return Workspace(**{name: buffer[:num_rows] for name, buffer in vars(self).items()})
 
 
+@dataclass(frozen=True)
+class OverwrittenRows:
+    """What R rows overwrite in the caches of all layers, kept until the drift test of the pass."""
+
+    q: torch.Tensor  # [L, R, H, D]
+    k: torch.Tensor  # [L, R, Hkv, D]
+
+    @classmethod
+    def allocate(cls, model: Model, num_rows: int, device: torch.device) -> OverwrittenRows:
+        c = model.config
+        return cls(
+            *(
+                torch.empty(
+                    c.num_layers, num_rows, heads, c.head_dim, device=device, dtype=model.dtype
+                )
+                for heads in (c.num_heads, c.num_kv_heads)
+            )
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.q.nbytes + self.k.nbytes
+
+
 class Forward:
     """The layers of a model over one runner's cache.
 
@@ -92,9 +116,11 @@ class Forward:
         model: weights and shape.
         cache: storage; its capacity bounds the positions of a full pass.
         max_rows: the most rows of a pass.
+        max_deferred: a pass of at most so many rows tests the drift of all layers after the last
+            one, which a GPU does fastest; others test every layer as they come to it.
     """
 
-    def __init__(self, model: Model, cache: Cache, max_rows: int) -> None:
+    def __init__(self, model: Model, cache: Cache, max_rows: int, max_deferred: int) -> None:
         config, weights = model.config, model.weights
         self._weights = weights
         self._cache = cache
@@ -115,6 +141,10 @@ class Forward:
         )
         slots = cache.num_sequences * cache.capacity
         self._workspace = Workspace.allocate(model, max_rows, model.device)
+        self._overwritten = (
+            OverwrittenRows.allocate(model, max_deferred, model.device) if max_deferred else None
+        )
+        self._max_deferred = max_deferred
         self._all_slots = torch.arange(slots, dtype=torch.int32, device=model.device)
 
     def run_rows(
@@ -131,21 +161,32 @@ class Forward:
         """
         work = self._workspace.rows(len(rows))
         self._embed(state, rows, work)
-        verdict = state.first_full_layer.numpy() if drift and self._can_peek else None
-        most = min(state.tracked.numel(), len(rows))
+        overwritten = verdict = None
+        if drift is not None and len(rows) <= self._max_deferred:
+            overwritten = self._overwritten
+        elif drift is not None and self._can_peek:
+            verdict = state.first_full_layer.numpy()
         for index, layer in enumerate(self._layers):
             if verdict is not None and max(verdict.tolist()) <= index:
                 self._store_input(index, rows, work)
                 return False
-            self._project_qkv(index, rows, work, is_first=index == 0, saves=drift is not None)
-            if drift is None:
+            q_old = k_old = None
+            if overwritten is not None:
+                q_old = overwritten.q[index, : len(rows)]
+                k_old = overwritten.k[index, : len(rows)]
+            elif drift is not None:
+                q_old, k_old = work.q_old, work.k_old
+            self._project_qkv(index, rows, work, q_old, k_old, is_first=index == 0)
+            if drift is None or overwritten is not None:
                 self._attend(index, rows, state, work)
             else:
-                self._attend_and_test(index, rows, segments, drift, state, work, most)
+                self._attend_and_test(index, rows, segments, drift, state, work)
                 if verdict is not None:
                     self._decide(index, index + 1, drift, state)
             self._finish_layer(layer, work.attention_flat, work)
         if drift is not None and verdict is None:
+            if overwritten is not None:
+                self._test(0, rows, segments, drift, state, overwritten)
             self._decide(0, len(self._layers), drift, state)
         return True
 
@@ -172,14 +213,12 @@ class Forward:
             assert inputs is not None  # a plan that can fail caches inputs
             work.residual.copy_(inputs[:length])
         for index in range(first, len(self._layers)):
-            self._project_qkv(index, slots, work, is_first=index == first, saves=False)
+            self._project_qkv(index, slots, work, None, None, is_first=index == first)
             attention = self._attend_all(index, length)
-            if drift is not None:
-                # torch's attention keeps no weights; W rows beside all of them cost little.
-                few = self._workspace.rows(len(candidates))
-                self._attend_and_test(index, candidates, candidate_segments, drift, state, few, 0)
             self._finish_layer(self._layers[index], attention, work)
         if drift is not None:
+            # torch's attention keeps no weights.
+            self._test(first, candidates, candidate_segments, drift, state, None)
             self._decide(first, len(self._layers), drift, state)
 
     def hidden(self, index: torch.Tensor) -> torch.Tensor:
@@ -227,11 +266,18 @@ class Forward:
         )
 
     def _project_qkv(
-        self, index: int, rows: torch.Tensor, work: Workspace, *, is_first: bool, saves: bool
+        self,
+        index: int,
+        rows: torch.Tensor,
+        work: Workspace,
+        q_old: torch.Tensor | None,
+        k_old: torch.Tensor | None,
+        *,
+        is_first: bool,
     ) -> None:
         """Adds the previous layer's output, unless this layer is the first to run, stores the
         layer's input, and writes q, k, v of the rows into the cache; what they overwrite goes to
-        q_old, k_old if `saves`."""
+        q_old, k_old, if given."""
         layer, cached = self._layers[index], self._cache.layers[index]
         ops.project_qkv(
             work.residual,
@@ -247,8 +293,8 @@ class Forward:
             cached.q,
             cached.k,
             cached.v,
-            work.q_old if saves else None,
-            work.k_old if saves else None,
+            q_old,
+            k_old,
             work.hidden,
             work.qkv,
         )
@@ -290,7 +336,6 @@ class Forward:
         drift: DriftTest,
         state: DecodeState,
         work: Workspace,
-        max_tracked: int,
     ) -> None:
         cached, tested = self._cache.layers[index], drift.layers[index]
         ops.drift_attention(
@@ -303,11 +348,33 @@ class Forward:
             segments,
             state.key_range,
             self._scale,
-            max_tracked,
             work.attention,
             work.lse,
             tested.mass,
             tested.similarity,
+        )
+
+    def _test(
+        self,
+        first: int,
+        rows: torch.Tensor,
+        segments: torch.Tensor,
+        drift: DriftTest,
+        state: DecodeState,
+        overwritten: OverwrittenRows | None,
+    ) -> None:
+        """Statistics of layers `first` .. L - 1; without `overwritten`, no row may be tracked."""
+        ops.drift_statistics(
+            self._cache.q[first:],
+            self._cache.k[first:],
+            None if overwritten is None else overwritten.q[first:],
+            None if overwritten is None else overwritten.k[first:],
+            rows,
+            segments,
+            state.key_range,
+            self._scale,
+            drift.mass[first:],
+            drift.similarity[first:],
         )
 
     def _decide(self, first: int, end: int, drift: DriftTest, state: DecodeState) -> None:

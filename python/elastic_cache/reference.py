@@ -131,21 +131,48 @@ def drift_attention(
     segments: Tensor,  # [S, 5] int32
     key_range: Tensor,  # [S, 2] int32
     scale: float,
-    max_tracked: int,
     out: Tensor,  # [R, H, D] out
     lse: Tensor,  # [R, H] float32 out
     mass: Tensor,  # [S, C] float32 out
     similarity: Tensor,  # [S] float64 out
 ) -> None:
-    """`window_attention`, then the statistics of the same weights."""
+    """`window_attention`, then `drift_statistics` of the same layer."""
     window_attention(q_cache, k_cache, v_cache, rows, key_range, scale, out, lse)
-    _drift_statistics(
-        q_cache, k_cache, q_old, k_old, rows, segments, key_range, lse, scale, mass, similarity
+    _drift_of_layer(
+        q_cache, k_cache, q_old, k_old, rows, segments, key_range, scale, mass, similarity
     )
-    similarity[segments[:, 1].cumsum(0) > max_tracked] = math.nan
 
 
-def _drift_statistics(
+def drift_statistics(
+    q_cache: Tensor,  # [n, N, H, D]
+    k_cache: Tensor,  # [n, N, Hkv, D]
+    q_old: Tensor | None,  # [n, at least R, H, D]
+    k_old: Tensor | None,  # [n, at least R, Hkv, D]
+    rows: Tensor,  # [R] int32 slots, -1 = skip
+    segments: Tensor,  # [S, 5] int32
+    key_range: Tensor,  # [S, 2] int32
+    scale: float,
+    mass: Tensor,  # [n, S, C] float32 out
+    similarity: Tensor,  # [n, S] float64 out
+) -> None:
+    """Per layer and sequence: attention mass of every key, and how far tracked rows drifted."""
+    count = len(rows)
+    for layer in range(len(mass)):
+        _drift_of_layer(
+            q_cache[layer],
+            k_cache[layer],
+            None if q_old is None else q_old[layer, :count],
+            None if k_old is None else k_old[layer, :count],
+            rows,
+            segments,
+            key_range,
+            scale,
+            mass[layer],
+            similarity[layer],
+        )
+
+
+def _drift_of_layer(
     q_cache: Tensor,
     k_cache: Tensor,
     q_old: Tensor | None,
@@ -153,33 +180,33 @@ def _drift_statistics(
     rows: Tensor,
     segments: Tensor,
     key_range: Tensor,
-    lse: Tensor,
     scale: float,
     mass: Tensor,
     similarity: Tensor,
 ) -> None:
-    """Per sequence: attention mass of every key, and how far tracked rows drifted since last step.
-
-    The cosine runs over the HEAD axis: one H-vector of attention weights per (tracked row, key).
-    """
+    """The cosine runs over the HEAD axis: one H-vector of weights per (tracked row, key)."""
     capacity = mass.shape[1]
     mass.zero_()
     similarity.fill_(math.inf)
     for s, (begin, tracked, committed, window, _) in enumerate(segments.tolist()):
         first, last = key_range[s].tolist()
         keys = slice(s * capacity + first, s * capacity + last)
-        k_new = _wide(k_cache[keys])
-        window_begin = begin + tracked + committed
-        window_rows = _not_skipped(rows, window_begin, window)
-        p_window = _weights(q_cache, k_new, rows[window_rows], lse[window_rows], scale)
+        if first == last:
+            continue
+
+        def weights(q: Tensor, k: Tensor) -> Tensor:
+            return (scale * _products(_wide(q), _wide(k))).softmax(-1)  # [r, H, K]
+
+        window_rows = _not_skipped(rows, begin + tracked + committed, window)
+        p_window = weights(q_cache[rows[window_rows].long()], k_cache[keys])
         mass[s, first:last] = p_window.sum((0, 1)).to(mass.dtype)
         test_rows = _not_skipped(rows, begin, tracked)
-        if q_old is None or k_old is None or len(test_rows) == 0 or first == last:
+        if q_old is None or k_old is None or len(test_rows) == 0:
             continue
-        p_new = _weights(q_cache, k_new, rows[test_rows], lse[test_rows], scale)
+        p_new = weights(q_cache[rows[test_rows].long()], k_cache[keys])
         before = k_cache.clone()
         before[rows[rows >= 0].long()] = k_old[rows >= 0]
-        p_old = (scale * _products(_wide(q_old[test_rows]), _wide(before[keys]))).softmax(-1)
+        p_old = weights(q_old[test_rows], before[keys])
         norms = p_old.norm(dim=1).clamp_min(1e-8) * p_new.norm(dim=1).clamp_min(1e-8)
         similarity[s] = ((p_old * p_new).sum(1) / norms).mean(dtype=torch.float64)
 
@@ -408,12 +435,6 @@ def _every_head(x: Tensor, num_heads: int) -> Tensor:
 def _products(q: Tensor, k: Tensor) -> Tensor:
     """q [r, H, D] . k [K, Hkv, D] -> [r, H, K]."""
     return torch.einsum("rhd,khd->rhk", q, _every_head(k, q.shape[1]))
-
-
-def _weights(q_cache: Tensor, k: Tensor, rows: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """Attention weights [r, H, K] that `rows` give to the keys k, from their log-sum-exp."""
-    scores = scale * _products(_wide(q_cache[rows.long()]), k)
-    return (scores - lse[..., None]).exp()
 
 
 def _not_skipped(rows: Tensor, begin: int, count: int) -> Tensor:

@@ -21,7 +21,7 @@ from elastic_cache import ops
 from elastic_cache.cache import Cache, CacheNeeds
 from elastic_cache.config import GenerationConfig
 from elastic_cache.decoding import CommitRule, Decoder
-from elastic_cache.forward import Forward, Workspace
+from elastic_cache.forward import Forward, OverwrittenRows, Workspace
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
 from elastic_cache.report import SEGMENT_WINDOW, Report, ReportBlock
@@ -71,11 +71,18 @@ def runner_bytes(model: Model, shape: RunnerShape) -> int:
     """Device memory that a runner's caches and buffers will take."""
     meta = torch.device("meta")
     cache = Cache(model.config, 1, shape.capacity, shape.needs, meta, model.dtype)
-    return cache.num_bytes + Workspace.allocate(model, _max_rows(shape), meta).num_bytes
+    work = Workspace.allocate(model, _max_rows(shape), meta)
+    overwritten = OverwrittenRows.allocate(model, _max_deferred(model, shape), meta)
+    return cache.num_bytes + work.num_bytes + overwritten.num_bytes
 
 
 def _max_rows(shape: RunnerShape) -> int:
     return max(shape.capacity, MAX_CAPTURED_ROWS)
+
+
+def _max_deferred(model: Model, shape: RunnerShape) -> int:
+    """Rows of the window passes that test the drift of all layers at once: the captured ones."""
+    return MAX_CAPTURED_ROWS if shape.tests_drift and model.device.type != "cpu" else 0
 
 
 class Runner:
@@ -99,7 +106,7 @@ class Runner:
         self._lists = RowLists.allocate(report, _max_rows(shape))
         self._drift = DriftTest(self._state) if shape.tests_drift else None
         cache = Cache(model.config, 1, shape.capacity, shape.needs, device, model.dtype)
-        self._forward = Forward(model, cache, len(self._lists.rows))
+        self._forward = Forward(model, cache, len(self._lists.rows), _max_deferred(model, shape))
         self._decoder = Decoder(model, shape.num_candidates, shape.has_noise)
         self._rule = CommitRule(1, device)
         self._graphs = Graphs(device) if capture and self._is_padded else None

@@ -10,6 +10,7 @@
 #include "elastic_cache/commit.h"
 #include "elastic_cache/drift_attention.h"
 #include "elastic_cache/drift_decision.h"
+#include "elastic_cache/drift_statistics.h"
 #include "elastic_cache/refresh_rows.h"
 #include "elastic_cache/select_rows.h"
 #include "elastic_cache/swiglu.h"
@@ -46,6 +47,7 @@ void run_empty_problems() {
                            .num_kv_heads = 1,
                            .head_dim = 8,
                            .capacity = 4});
+  ec::drift_statistics_cpu({.num_layers = 0, .num_sequences = 0, .head_dim = 8, .capacity = 4});
   ec::drift_decision_cpu({.num_sequences = 0, .capacity = 4, .track_num = 1, .num_layers = 1});
   ec::swiglu_cpu({.num_rows = 0, .width = 8});
   ec::token_confidence_cpu({.num_rows = 0, .vocab_size = 8});

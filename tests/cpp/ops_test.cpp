@@ -10,9 +10,9 @@
 namespace {
 
 constexpr const char* kOps[] = {
-    "select_rows",    "refresh_rows", "cache_write", "window_attention", "drift_attention",
-    "drift_decision", "add_rms_norm", "swiglu",      "token_confidence", "commit",
-    "project_qkv",    "output_mlp",
+    "select_rows",      "refresh_rows",   "cache_write",  "window_attention", "drift_attention",
+    "drift_statistics", "drift_decision", "add_rms_norm", "swiglu",           "token_confidence",
+    "commit",           "project_qkv",    "output_mlp",
 };
 
 using Swiglu = void(const at::Tensor&, const at::Tensor&);

@@ -252,22 +252,16 @@ bool check_all() {
 // ---- Times: LLaDA-8B layers, each with its own cache, so that none is found in L2 ----
 
 struct Layer {
-  Buffer q, k, v, q_old, k_old;
+  Buffer q, k, v;
 };
 
-double median_microseconds(const std::vector<Op>& ops, bool has_drift) {
+double median_microseconds(const std::vector<WindowAttentionParams>& ops) {
   cudaStream_t stream;
   cudaGraph_t graph;
   cudaGraphExec_t instance;
   CHECK(cudaStreamCreate(&stream));
   CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (const Op& op : ops) {
-    if (has_drift) {
-      drift_attention_cuda(op.drift, stream);
-    } else {
-      window_attention_cuda(op.attention, stream);
-    }
-  }
+  for (const WindowAttentionParams& op : ops) window_attention_cuda(op, stream);
   CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&instance, graph, 0));
   cudaEvent_t begin, end;
@@ -305,43 +299,30 @@ Buffer random_bf16(size_t count) {
 }
 
 void time_shape(int num_keys, int num_rows) {
-  constexpr int kHeads = 32, kDim = 128, kLayers = 16, kTracked = 12;
-  const int tracked = std::min(kTracked, num_rows / 2);
+  constexpr int kHeads = 32, kDim = 128, kLayers = 16;
   const size_t width = kHeads * kDim, keys = num_keys, num = num_rows;
   std::vector<int32_t> rows;
-  for (int r = 0; r < tracked; ++r) rows.push_back(r * 11);
-  for (int r = tracked; r < num_rows; ++r) rows.push_back(num_keys / 2 + r);
+  for (int r = 0; r < num_rows; ++r) rows.push_back(num_keys / 2 + r);
   const Buffer row_list(rows), key_range(std::vector<int32_t>{0, num_keys});
-  const Buffer segments(std::vector<int32_t>{0, tracked, 0, num_rows - tracked, 0});
-  Op op = make_op({DType::kBFloat16, kHeads, kHeads, kDim, {}}, 1, num_rows, num_keys);
-  op.drift.max_tracked = tracked;
-  const Buffer attention_space(static_cast<size_t>(window_attention_workspace(op.attention)));
-  const Buffer drift_space(static_cast<size_t>(drift_attention_workspace(op.drift)));
-  const Buffer out(num * width * 2), lse(num * kHeads * 4), mass(keys * 4), similarity(8);
+  WindowAttentionParams op =
+      make_op({DType::kBFloat16, kHeads, kHeads, kDim, {}}, 1, num_rows, num_keys).attention;
+  const Buffer space(static_cast<size_t>(window_attention_workspace(op)));
+  const Buffer out(num * width * 2), lse(num * kHeads * 4);
+  op.rows = row_list.as<int32_t>(), op.key_range = key_range.as<int32_t>();
+  op.out = out.as<void>(), op.lse = lse.as<float>(), op.workspace = space.as<void>();
   std::vector<Layer> layers;
-  std::vector<Op> ops;
+  std::vector<WindowAttentionParams> ops;
   for (int i = 0; i < kLayers; ++i) {
-    layers.push_back({random_bf16(keys * width), random_bf16(keys * width),
-                      random_bf16(keys * width), random_bf16(num * width),
-                      random_bf16(num * width)});
+    layers.push_back(
+        {random_bf16(keys * width), random_bf16(keys * width), random_bf16(keys * width)});
     const Layer& layer = layers.back();
-    auto& a = op.attention;
-    auto& d = op.drift;
-    a.q_cache = d.q_cache = layer.q.as<void>(), a.k_cache = d.k_cache = layer.k.as<void>();
-    a.v_cache = d.v_cache = layer.v.as<void>(), d.q_old = layer.q_old.as<void>();
-    d.k_old = layer.k_old.as<void>();
-    a.rows = d.rows = row_list.as<int32_t>(), a.key_range = d.key_range = key_range.as<int32_t>();
-    d.segments = segments.as<int32_t>(), a.lse = lse.as<float>();
-    a.out = d.out = out.as<void>();
-    d.lse = a.lse, d.mass = mass.as<float>(), d.similarity = similarity.as<double>();
-    a.workspace = attention_space.as<void>(), d.workspace = drift_space.as<void>();
+    op.q_cache = layer.q.as<void>(), op.k_cache = layer.k.as<void>();
+    op.v_cache = layer.v.as<void>();
     ops.push_back(op);
   }
-  const double attention = median_microseconds(ops, false);
-  const double both = median_microseconds(ops, true);
+  const double attention = median_microseconds(ops);
   const double bytes = 2.0 * static_cast<double>(keys * width) * 2.0;
-  std::printf("%5d %5d %8d %10.2f %8.0f %10.2f %10.2f\n", num_keys, num_rows, tracked, attention,
-              bytes / attention / 1e3, both, both - attention);
+  std::printf("%5d %5d %10.2f %8.0f\n", num_keys, num_rows, attention, bytes / attention / 1e3);
   std::fflush(stdout);
 }
 
@@ -374,8 +355,7 @@ int main(int argc, char** argv) {
   std::printf("%s\n", is_right ? "PASS" : "FAIL");
   if (argc > 1 && std::string(argv[1]) == "check") return is_right ? 0 : 1;
   std::printf("\nLLaDA-8B layer (32 heads of 128, bf16), microseconds a layer; GB/s of K and V\n");
-  std::printf("%5s %5s %8s %10s %8s %10s %10s\n", "T", "rows", "tracked", "attention", "GB/s",
-              "both", "difference");
+  std::printf("%5s %5s %10s %8s\n", "T", "rows", "attention", "GB/s");
   for (const int num_keys : {512, 1024, 2048, 4096}) {
     for (const int num_rows : {16, 32, 64, 128}) time_shape(num_keys, num_rows);
   }

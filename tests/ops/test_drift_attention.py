@@ -1,15 +1,12 @@
-"""drift_attention: window_attention, the mass of every key, and the cosine over heads.
-
-Cases are made the way a step makes them: a cache, rows written over it, what they overwrote.
-"""
+"""drift_attention: window_attention, the mass of every key, and the cosine over heads."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
+from driftcase import condition_of, make_case
 from elastic_cache import ops
 from opcase import (
     TILE_SIZES,
@@ -19,120 +16,22 @@ from opcase import (
     check_contract,
     check_rejects_malformed,
     int32,
-    normal,
-    poisoned,
     run,
 )
 from schemas import SCHEMAS
 from tolerance import assert_same_bits
 from torch import Tensor
 
-Counts = tuple[int, int, int, int]
-"""Rows of a sequence: tracked, committed, window, lookahead."""
-
-
-def make_case(
-    rng: torch.Generator,
-    device: torch.device,
-    dtype: torch.dtype,
-    counts: list[Counts],
-    key_ranges: list[tuple[int, int]],
-    heads: tuple[int, int] = (4, 2),
-    head_dim: int = 16,
-    drift: float = 0.3,
-    scale: float | None = None,
-) -> Case:
-    """NaN in queries not listed, keys out of range, and what only tracked or window rows have."""
-    num_heads, num_kv_heads = heads
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    capacity = max([end for _, end in key_ranges] + [sum(count) for count in counts]) + 2
-    num_slots = len(counts) * capacity
-    kind: dict[str, Any] = {"dtype": dtype, "device": device}
-    rows, segments, is_tested = _lay_rows(rng, counts, key_ranges, capacity, device)
-    q, k = (normal(rng, num_slots, h, head_dim, **kind) for h in heads)
-    listed = rows[rows >= 0].long()
-    q_old, k_old = (poisoned(len(rows), h, head_dim, **kind) for h in heads)
-    q_old[rows >= 0], k_old[rows >= 0] = q[listed], k[listed]
-    q_old[~is_tested] = float("nan")
-    q[listed] += drift * normal(rng, len(listed), num_heads, head_dim, **kind)
-    k[listed] += drift * normal(rng, len(listed), num_kv_heads, head_dim, **kind)
-    v = normal(rng, num_slots, num_kv_heads, head_dim, **kind)
-    unlisted = torch.ones(num_slots, dtype=torch.bool, device=device)
-    unlisted[listed] = False
-    q[unlisted] = float("nan")
-    for s, (first, end) in enumerate(key_ranges):
-        for cache in (k, v):
-            mine = cache[s * capacity : (s + 1) * capacity]
-            mine[:first], mine[end:] = float("nan"), float("nan")
-    return {
-        "q_cache": q,
-        "k_cache": k,
-        "v_cache": v,
-        "q_old": q_old,
-        "k_old": k_old,
-        "rows": rows,
-        "segments": segments,
-        "key_range": int32(key_ranges, device),
-        "scale": scale,
-        "max_tracked": sum(count[0] for count in counts) + 3,
-        "out": poisoned(len(rows), num_heads, head_dim, **kind),
-        "lse": poisoned(len(rows), num_heads, dtype=torch.float32, device=device),
-        "mass": poisoned(len(counts), capacity, dtype=torch.float32, device=device),
-        "similarity": poisoned(len(counts), dtype=torch.float64, device=device),
-    }
-
-
-def _lay_rows(
-    rng: torch.Generator,
-    counts: list[Counts],
-    key_ranges: list[tuple[int, int]],
-    capacity: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row list (distinct positions inside the range, padded), segments, which rows are tracked."""
-    rows: list[int] = []
-    segments, is_tested = [], []
-    for s, (count, (first, end)) in enumerate(zip(counts, key_ranges, strict=True)):
-        segments.append([len(rows), *count])
-        chosen = first + torch.randperm(end - first, generator=rng)[: sum(count)]
-        if len(chosen) < sum(count):
-            raise AssertionError("a case needs as many keys as rows in every sequence")
-        rows += (s * capacity + chosen).tolist()
-        is_tested += [True] * count[0] + [False] * (sum(count) - count[0])
-    padding = [-1, -1, -1]
-    return (
-        int32(rows + padding, device),
-        int32(segments, device).view(len(counts), 5),
-        torch.tensor(is_tested + [False] * len(padding), dtype=torch.bool, device=device),
-    )
-
 
 def check(case: Case) -> dict[str, Tensor]:
-    """Results come from float32 weights; out and lse are, in every bit, those of window_attention.
-
-    A rounding error of a score counts in its weight as often as the score is large.
-    """
-    q = case["q_cache"][case["rows"][case["rows"] >= 0].long()].double()  # [r, H, D]
-    k = case["k_cache"].double().repeat_interleave(q.shape[1] // case["k_cache"].shape[1], 1)
-    scores = case["scale"] * torch.einsum("rhd,khd->rhk", q, k)
-    largest = float(scores.nan_to_num(0.0).abs().amax()) if scores.numel() else 0.0
-    condition = max(1.0, largest)
-    result = check_close("drift_attention", case, arithmetic=torch.float32, condition=condition)
+    """From float32 weights; out and lse are, in every bit, those of window_attention."""
+    result = check_close(
+        "drift_attention", case, arithmetic=torch.float32, condition=condition_of(case)
+    )
     attention = {argument.name: case[argument.name] for argument in SCHEMAS["window_attention"]}
     for name, expected in run(ops, "window_attention", attention).items():
         assert_same_bits(f"drift_attention: {name}", result[name], expected)
     return result
-
-
-@pytest.mark.parametrize("max_tracked", [0, 5, 6, 40, 1000])
-def test_more_tracked_rows_than_allowed(
-    device: torch.device, rng: torch.Generator, dtype: torch.dtype, max_tracked: int
-) -> None:
-    """The first sequence ends at 5 tracked rows, the second at 40; the third has none."""
-    counts, ranges = [(5, 1, 4, 0), (35, 0, 3, 1), (0, 0, 2, 0)], [(0, 70), (3, 60), (1, 9)]
-    case = {**make_case(rng, device, dtype, counts, ranges), "max_tracked": max_tracked}
-    is_nan = check(case)["similarity"].isnan().tolist()
-    assert is_nan == [max_tracked < 5, max_tracked < 40, max_tracked < 40]
 
 
 @pytest.mark.parametrize("size", TILE_SIZES)

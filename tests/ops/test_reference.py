@@ -117,7 +117,7 @@ def test_drift_attention_is_cosine_over_heads(rng: torch.Generator, num_kv_heads
     q_old[:6], k_old[:6] = q_before[kept], k_before[kept]
     segments = int32([[0, 2, 1, 2, 1]])
     reference.drift_attention(
-        q, k, k, q_old, k_old, rows, segments, key_range, scale, 2, out, lse, mass, similarity
+        q, k, k, q_old, k_old, rows, segments, key_range, scale, out, lse, mass, similarity
     )
     p_old, p_new = weights(q_before, k_before, kept[:2]), weights(q, k, kept[:2])
     expected = F.cosine_similarity(p_old, p_new, dim=0).mean()

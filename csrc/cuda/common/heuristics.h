@@ -6,13 +6,17 @@
 
 namespace elastic_cache::cuda {
 
-// Keys of an attention tile. Two tiles of K and V at head_dim 128 are 70 KB, so that two blocks
-// fit an SM; all bytes a block needs at 1024 keys are then on their way at once [c].
+// Keys of an attention tile. Four tiles of K and V at head_dim 128 are 139 KB: all bytes a block
+// needs at 1024 keys and 32 heads are then on their way at once [c].
 inline constexpr int kAttentionTileKeys = 64;
 
-// Blocks that attention wants for one tile of rows: two on each of an H100's or H200's 132 SMs.
+// Blocks that attention wants for one tile of rows: one on each of an H100's or H200's 132 SMs.
 // A constant, and not what the device at hand has: results are to be the same on all.
-inline constexpr int64_t kAttentionBlocks = 264;
+inline constexpr int64_t kAttentionBlocks = 132;
+
+// Blocks of a streamed product that is not split: one on each SM of an H100 or H200. Fewer columns
+// than they take are split over k, among two blocks or three; of clusters of four only 30 fit [m].
+inline constexpr int kStreamBlocks = 132;
 
 // The combining kernel keeps one split a lane of a warp.
 inline constexpr int64_t kMaxAttentionSplits = 32;
@@ -24,9 +28,6 @@ inline int64_t attention_splits(int64_t num_kv_heads, int64_t capacity) {
   const int64_t wanted = kAttentionBlocks / std::max<int64_t>(num_kv_heads, 1);
   return std::max<int64_t>(1, std::min({wanted, tiles, kMaxAttentionSplits}));
 }
-
-// Blocks over the tracked rows in the statistics, 512 of them at 1024 keys; more rows: a loop.
-inline constexpr int64_t kDriftRowBlocks = 16;
 
 // Logits of a block: 126,464 of them are 16 parts, so that the 16 rows of a window fill an H200.
 inline constexpr int64_t kVocabularyPart = 8192;

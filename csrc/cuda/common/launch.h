@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -45,22 +46,35 @@ void allow_shared(Kernel* kernel, int64_t bytes, const char* op) {
                            std::to_string(bytes) + " bytes of shared memory");
 }
 
-// Whether the current device can start a kernel before the one ahead of it in the stream has ended
-// (compute capability 9.0).
-inline bool can_overlap() {
-  constexpr int kMaxDevices = 64;
-  static std::array<signed char, kMaxDevices> known{};  // 0: not asked yet
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
-  if (known[device] == 0) {
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    known[device] = major >= 9 ? 1 : -1;
+// What launching asks about the current device; asked once for each.
+struct DeviceLimits {
+  bool can_overlap = false;  // starts a kernel before the one ahead of it has ended
+  bool has_wgmma = false;    // has a warpgroup's products, and this build their code
+
+  static DeviceLimits current() {
+    constexpr int kMaxDevices = 64;
+    static std::array<std::atomic<int>, kMaxDevices> known{};  // major number; 0: not asked yet
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return {};
+    int major = known[device].load(std::memory_order_relaxed);
+    if (major == 0) {
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      known[device].store(major, std::memory_order_relaxed);
+    }
+#ifdef ELASTIC_CACHE_SM90A  // the build has code for 9.0a
+    return {major >= 9, major == 9};
+#else
+    return {major >= 9, false};
+#endif
   }
-  return known[device] > 0;
-}
+};
 
 struct SharedBytes {
   size_t count;
+};
+
+struct ClusterSize {
+  unsigned int blocks = 1;
 };
 
 // Launches a kernel that may start while the last blocks of the one before it are still running. It
@@ -68,21 +82,35 @@ struct SharedBytes {
 // before it, whoever launched that, is writing.
 template <class... Args>
 void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int num_threads,
-                        Stream stream, SharedBytes shared,
+                        Stream stream, SharedBytes shared, ClusterSize cluster,
                         const std::type_identity_t<Args>&... args) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  unsigned int count = 0;
+  if (DeviceLimits::current().can_overlap) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster.blocks > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {cluster.blocks, 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned int>(num_threads));
   config.dynamicSmemBytes = shared.count;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = can_overlap() ? 1 : 0;
+  config.attrs = attributes.data();
+  config.numAttrs = count;
   allow_shared(kernel, static_cast<int64_t>(shared.count), op);
   cudaLaunchKernelEx(&config, kernel, args...);
   check_launch(op);
+}
+
+template <class... Args>
+void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int num_threads,
+                        Stream stream, SharedBytes shared,
+                        const std::type_identity_t<Args>&... args) {
+  launch_overlapping(op, kernel, grid, num_threads, stream, shared, ClusterSize{}, args...);
 }
 
 template <class... Args>
@@ -91,11 +119,19 @@ void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int 
   launch_overlapping(op, kernel, grid, num_threads, stream, SharedBytes{0}, args...);
 }
 
-// Waits for the kernel before this one to end. No kernel lets its successor start before it ends
-// itself (griddepcontrol.launch_dependents): measured, that made a step 1 to 2 % slower.
+// Waits for the kernel before this one to end.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
+#endif
+}
+
+// The next kernel may start when all blocks of this one have come here; else when they have ended.
+// It pays where that one has something to do before it waits, which stream_linear.cuh alone has:
+// elsewhere it made a step 1 to 2 % slower [measured].
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 

@@ -29,6 +29,13 @@ __device__ inline float round_to(float x) {
   return to_float(from_float<T>(x));
 }
 
+// 2^x; results below 2^-126 become zero, which saves exp2f's three instructions for them.
+__device__ inline float exp2_flush(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The most elements one thread can load at once: 16 bytes.
 template <class T>
 inline constexpr int kVectorSize = 16 / sizeof(T);

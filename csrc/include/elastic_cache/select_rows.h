@@ -20,11 +20,11 @@ struct SelectRowsParams {
   int64_t max_rows;       // length of `rows`
   int64_t max_window;     // length of `window_rows`
 
-  const bool* masked;         // [S, C] still masked
-  const bool* committed;      // [S, C] committed in the previous step
-  const int32_t* tracked;     // [L, S, k] positions, -1 = none
-  const int32_t* window;      // [S]
-  const int32_t* lookahead;   // [S]
+  const bool* masked;        // [S, C] still masked
+  const bool* committed;     // [S, C] committed in the previous step
+  const int32_t* tracked;    // [L, S, k] positions, -1 = none
+  const int32_t* window;     // [S]
+  const int32_t* lookahead;  // [S]
 
   int32_t* rows;         // [max_rows] out: slots, padded with -1
   int32_t* segments;     // [S, kSegmentColumns] out

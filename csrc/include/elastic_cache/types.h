@@ -31,10 +31,10 @@ enum SegmentColumn : int32_t {
 
 // Columns of `status` [S, kStatusColumns] int32, what a commit reports to the host.
 enum StatusColumn : int32_t {
-  kStatusCommitted = 0,     // positions committed by this call
-  kStatusMasked = 1,        // positions of the key range still masked afterwards
-  kStatusEosPosition = 2,   // position of the EOS that cut the tail, -1 before that happens
-  kStatusNotFinite = 3,     // candidates whose confidence was NaN; nothing is committed if > 0
+  kStatusCommitted = 0,    // positions committed by this call
+  kStatusMasked = 1,       // positions of the key range still masked afterwards
+  kStatusEosPosition = 2,  // position of the EOS that cut the tail, -1 before that happens
+  kStatusNotFinite = 3,    // candidates whose confidence was NaN; nothing is committed if > 0
   kStatusColumns = 4,
 };
 

@@ -153,18 +153,10 @@ def judge_gpus(cuda: Any) -> Iterator[Check]:
     """For each GPU of a `device.Cuda`, whether the kernels can use it, and all of them."""
     from elastic_cache import device
 
-    for i, gpu in enumerate(cuda.gpus):
+    for i in range(len(cuda.gpus)):
         name, problem = f"kernels on GPU {i}", device.why_unusable(cuda, i)
         if problem is not None:
             yield Check(name, "cannot run", problem.reason, problem.fix)
-        elif gpu.shared_bytes < device.DRIFT_SHARED_BYTES:
-            yield Check(
-                name,
-                "run, with a limit",
-                f"the elastic policy needs {device.DRIFT_SHARED_BYTES // 1024} KB of shared memory "
-                f"a block at head_dim 128 (LLaDA-8B), {gpu.name} has {gpu.shared_bytes // 1024} KB",
-                "use policy='dual' or 'prefix' there",
-            )
         else:
             yield Check(name, "run")
 

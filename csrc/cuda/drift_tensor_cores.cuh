@@ -1,0 +1,412 @@
+// drift_statistics on tensor cores, D = head_dim. Both kernels read K once and multiply a tile of
+// 64 keys with the 48 lanes of a pass, four warps with 16 keys each:
+//   log_sum     a block takes a head and runs over the keys
+//   statistics  a block takes 64 keys and runs over the heads, so that mass and cosines grow in
+//               registers; nothing is copied ahead, the other blocks of the SM fill the time
+// The subtle thing: old lanes see overwritten keys as they were. The first kernel leaves those out
+// of the tiles of the cache and takes k_old as further tiles; in the second a thread's address of a
+// key fragment's row points into k_old's tile instead.
+#pragma once
+
+#include "attention_tile.cuh"
+#include "drift_lanes.cuh"
+
+namespace elastic_cache::cuda::drift {
+
+using attention::bf16;
+using attention::copy_tile;
+using attention::kTileKeys;
+using attention::score_tile;
+using attention::Scores;
+using attention::Tile;
+
+constexpr int kNumWarps = 4;
+constexpr int kNumThreads = kNumWarps * kWarpSize;
+constexpr int kKeysPerWarp = kTileKeys / kNumWarps;
+static_assert(kKeysPerWarp == 16, "a warp's scores are two B fragments wide");
+
+// As many as T = 1024 gives the statistics at 32 layers: one wave. It leaves 128 registers a thread
+// and 56 KB.
+constexpr int kBlocksPerSm = 4;
+
+template <int D>
+using Queries = bf16[kLanes][D + kRowPad];
+
+// A thread's place in the fragments of its warp's products: rows `row` and `row` + 8 of 16 lanes,
+// keys key(0) .. key(3) of the tile.
+struct Place {
+  int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  int row = lane / 4;
+
+  __device__ int key(int i) const { return warp * kKeysPerWarp + i / 2 * 8 + lane % 4 * 2 + i % 2; }
+};
+
+// Where the queries of a pass's lanes begin, of head 0; null for a lane without a row.
+__device__ inline void find_queries(const DriftStatisticsParams& p, const Sequence& q, int pass,
+                                    const bf16** from) {
+  for (int lane = static_cast<int>(threadIdx.x); lane < kLanes; lane += kNumThreads) {
+    const int row = q.row(p, pass, lane);
+    const auto* all = static_cast<const bf16*>(lane < kOldLanes ? p.q_cache : p.q_old);
+    from[lane] = row < 0 ? nullptr : all + q.query(p, lane, row) * p.num_heads * p.head_dim;
+  }
+}
+
+// Starts copying the queries of a head; zeros where there is none.
+template <int D>
+__device__ inline void copy_queries(const DriftStatisticsParams& p, const bf16* const* from,
+                                    int head, Queries<D>& queries) {
+  constexpr int kVectors = D / 8, kCount = kLanes * kVectors;
+#pragma unroll
+  for (int i = 0; i < (kCount + kNumThreads - 1) / kNumThreads; ++i) {
+    const int at = i * kNumThreads + static_cast<int>(threadIdx.x);
+    if (kCount % kNumThreads != 0 && at >= kCount) break;
+    const int lane = at / kVectors, column = at % kVectors * 8;
+    const bf16* query = from[lane];
+    const bool is_valid = query != nullptr;
+    copy_async(&queries[lane][column],
+               is_valid ? query + head * D + column : static_cast<const bf16*>(p.q_cache),
+               is_valid);
+  }
+}
+
+// ---- log_sum ----
+
+constexpr int kKeyStages = 2;
+constexpr int kTileWords = kTileKeys / 32;  // of the marks
+
+template <int D>
+struct alignas(16) LogSumShared {
+  Tile<D> keys[kKeyStages];
+  Queries<D> queries;
+  const bf16* from[kLanes];
+  Softmax parts[kNumWarps][kLanes];
+};
+
+// The tiles a head's lanes run over: those of the cache, then those of k_old.
+template <int D>
+class KeyTiles {
+ public:
+  __device__ KeyTiles(const DriftStatisticsParams& p, const Sequence& q, int kv_head)
+      : stride_(static_cast<int>(p.num_kv_heads) * D),
+        num_keys_(q.end_key - q.first_key),
+        num_rows_(q.num_tracked > 0 ? q.end - q.begin : 0),
+        num_cached_((num_keys_ + kTileKeys - 1) / kTileKeys),
+        count_(num_cached_ + (num_rows_ + kTileKeys - 1) / kTileKeys),
+        keys_(static_cast<const bf16*>(p.k_cache) + (q.first_cached + q.first_key) * stride_ +
+              kv_head * D),
+        old_(static_cast<const bf16*>(p.k_old) + (q.first_old + q.begin) * stride_ + kv_head * D) {}
+
+  __device__ int count() const { return count_; }
+  __device__ void copy(int tile, Tile<D> (&stages)[kKeyStages]) const {
+    if (tile >= count_) return;
+    const bool is_cached = tile < num_cached_;
+    const int first = (is_cached ? tile : tile - num_cached_) * kTileKeys;
+    copy_tile<D, kNumThreads>(stages[tile % kKeyStages],
+                              (is_cached ? keys_ : old_) + int64_t{first} * stride_, stride_,
+                              (is_cached ? num_keys_ : num_rows_) - first);
+  }
+  // A bit a key of all tiles: whether old lanes see it. Contains barriers.
+  __device__ void mark(const DriftStatisticsParams& p, const Sequence& q, uint32_t* marks) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    for (int i = thread; i < count_ * kTileWords; i += kNumThreads) {
+      const int num_left = num_keys_ - i * 32;
+      const bool is_cached = i < num_cached_ * kTileWords;
+      marks[i] = !is_cached || num_left <= 0 ? 0u : num_left < 32 ? (1u << num_left) - 1 : ~0u;
+    }
+    __syncthreads();
+    for (int i = thread; i < num_rows_; i += kNumThreads) {
+      const int key = q.position(p, q.begin + i) - q.first_key;
+      if (key < 0 || key >= num_keys_) continue;
+      atomicAnd(marks + key / 32, ~(1u << key % 32));
+      atomicOr(marks + num_cached_ * kTileWords + i / 32, 1u << i % 32);
+    }
+    __syncthreads();
+  }
+  __device__ bool is_seen_by_new(int tile, int key) const {
+    return key < num_keys_ - tile * kTileKeys;
+  }
+  __device__ bool is_seen_by_old(const uint32_t* marks, int tile, int key) const {
+    return (marks[tile * kTileWords + key / 32] >> key % 32 & 1) != 0;
+  }
+
+ private:
+  int stride_;
+  int num_keys_;
+  int num_rows_;
+  int num_cached_;
+  int count_;
+  const bf16* keys_;
+  const bf16* old_;
+};
+
+// What this thread's keys give the lanes of a pass.
+struct LogSumState {
+  Softmax seen[kLanes / 16][2];
+
+  // A tile's scores, and which of the keys present and old lanes see.
+  __device__ void add(const Scores<kLanes>& score, const bool (&by_new)[4], const bool (&by_old)[4],
+                      float factor) {
+#pragma unroll
+    for (int m = 0; m < kLanes / 16; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Softmax& mine = seen[m][half];
+        float x[4], top = mine.top;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool is_seen = m == kOldLanes / 16 ? by_old[i] : by_new[i];
+          x[i] = is_seen ? score[m][i / 2][half * 2 + i % 2] * factor : -INFINITY;
+          top = fmaxf(top, x[i]);
+        }
+        if (top == -INFINITY) continue;
+        mine.sum *= exp2_flush(mine.top - top);
+        mine.top = top;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) mine.sum += exp2_flush(x[i] - top);
+      }
+    }
+  }
+};
+
+// Over the block's keys -> log-sum-exp of a pass's lanes. Contains barriers.
+template <int D>
+__device__ inline void write_log_sums(const Place& at, LogSumState& state, LogSumShared<D>& sh,
+                                      float* lse) {
+#pragma unroll
+  for (int m = 0; m < kLanes / 16; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Softmax& mine = state.seen[m][half];
+      mine.add_lane(1);
+      mine.add_lane(2);
+      if (at.lane % 4 == 0) sh.parts[at.warp][m * 16 + half * 8 + at.row] = mine;
+    }
+  }
+  __syncthreads();
+  for (int lane = static_cast<int>(threadIdx.x); lane < kLanes; lane += kNumThreads) {
+    Softmax all = sh.parts[0][lane];
+    for (int warp = 1; warp < kNumWarps; ++warp) all.add(sh.parts[warp][lane]);
+    lse[lane] = sh.from[lane] == nullptr ? INFINITY : all.log_sum();
+  }
+  __syncthreads();
+}
+
+// blockIdx = (head, sequence, layer).
+template <int D>
+__global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
+    log_sum_kernel(const DriftStatisticsParams p, const Layout layout) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto& sh = *reinterpret_cast<LogSumShared<D>*>(memory);
+  auto* marks = reinterpret_cast<uint32_t*>(memory + sizeof(LogSumShared<D>));
+  wait_for_previous();
+  const int head = static_cast<int>(blockIdx.x), s = static_cast<int>(blockIdx.y);
+  const int layer = static_cast<int>(blockIdx.z);
+  const Sequence q(p, layer, s);
+  const KeyTiles<D> tiles(p, q, head / static_cast<int>(p.num_heads / p.num_kv_heads));
+  tiles.mark(p, q, marks);
+  const Place at;
+  const float factor = p.scale * kLog2E;
+  const int num_passes = q.num_passes();
+  for (int pass = 0; pass < num_passes; ++pass) {
+    find_queries(p, Sequence(p, layer, s), pass, sh.from);  // anew: saves registers
+    __syncthreads();
+    copy_queries<D>(p, sh.from, head, sh.queries);
+    commit_copies();
+    for (int tile = 0; tile < kKeyStages - 1; ++tile) {
+      tiles.copy(tile, sh.keys);
+      commit_copies();
+    }
+    LogSumState state;
+    for (int tile = 0; tile < tiles.count(); ++tile) {
+      tiles.copy(tile + kKeyStages - 1, sh.keys);
+      commit_copies();
+      wait_copies<kKeyStages - 1>();
+      __syncthreads();
+      const Tile<D>& keys = sh.keys[tile % kKeyStages];
+      Scores<kLanes> score;
+      score_tile<D, kLanes>(&keys[at.warp * kKeysPerWarp + b_row()][b_column()], sh.queries, score);
+      bool by_new[4], by_old[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        by_new[i] = tiles.is_seen_by_new(tile, at.key(i));
+        by_old[i] = tiles.is_seen_by_old(marks, tile, at.key(i));
+      }
+      state.add(score, by_new, by_old, factor);
+      __syncthreads();  // the stage is free
+    }
+    write_log_sums<D>(at, state, sh, layout.lse + lse_index(p, layout, layer, s, pass, head));
+  }
+}
+
+// ---- statistics ----
+
+template <int D>
+struct alignas(16) StatisticsShared {
+  Tile<D> keys;
+  Tile<D> old_keys;  // of overwritten keys alone
+  Queries<D> queries;
+  float lse[kLanes];
+  const bf16* from[kLanes];
+  int32_t old_rows[kTileKeys];  // of k_old, -1 for a key that was not overwritten
+  double reduced[kNumWarps];
+};
+
+// A block's keys, `first` and the 63 after it, over all heads of a layer.
+template <int D>
+class KeyBlock {
+ public:
+  __device__ KeyBlock(const DriftStatisticsParams& p, const Layout& layout, const Sequence& q,
+                      int layer, int first, StatisticsShared<D>& sh)
+      : p_(p), layout_(layout), q_(q), layer_(layer), first_(first), sh_(sh) {}
+
+  // Contains barriers.
+  __device__ void find_old_rows() {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < kTileKeys) sh_.old_rows[thread] = -1;
+    __syncthreads();
+    bool has_found = false;
+    for (int r = q_.begin + thread; r < q_.end && p_.k_old != nullptr; r += kNumThreads) {
+      const int position = q_.position(p_, r);
+      if (position < first_ || position >= first_ + kTileKeys) continue;
+      sh_.old_rows[position - first_] = r;
+      has_found = true;
+    }
+    has_old_ = __syncthreads_or(has_found) != 0;
+  }
+
+  // Mass of this thread's keys, over its rows; the cosines of its rows and keys.
+  __device__ double run(float (&mass)[4]) const {
+    double cosines = 0.0;
+    const int num_heads = static_cast<int>(p_.num_heads);
+    for (int pass = 0; pass < q_.num_passes(); ++pass) {
+      find_queries(p_, q_, pass, sh_.from);
+      __syncthreads();
+      Products products[2][4];
+      for (int head = 0; head < num_heads; ++head) {
+        copy_head(pass, head);
+        commit_copies();
+        wait_copies<0>();
+        __syncthreads();
+        add_head(mass, products);
+        __syncthreads();  // the buffers are free
+      }
+      cosines += sum_cosines(products);
+      __syncthreads();
+    }
+    return cosines;
+  }
+
+ private:
+  __device__ bool is_valid(int key) const {
+    return first_ + key >= q_.first_key && first_ + key < q_.end_key;
+  }
+
+  // Starts copying what the 48 lanes of a head need.
+  __device__ void copy_head(int pass, int head) const {
+    constexpr int kVectors = D / 8;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t kv_head = head / (p_.num_heads / p_.num_kv_heads);
+    const int64_t stride = p_.num_kv_heads * D;
+    const auto* keys = static_cast<const bf16*>(p_.k_cache);
+    copy_tile<D, kNumThreads>(sh_.keys, keys + (q_.first_cached + first_) * stride + kv_head * D,
+                              stride, q_.end_key - first_);
+    const auto* old_keys = static_cast<const bf16*>(p_.k_old);
+#pragma unroll
+    for (int i = 0; i < kTileKeys * kVectors / kNumThreads && has_old_; ++i) {
+      const int at = i * kNumThreads + thread, key = at / kVectors, column = at % kVectors * 8;
+      const int row = sh_.old_rows[key];
+      if (row < 0) continue;
+      copy_async(&sh_.old_keys[key][column],
+                 old_keys + (q_.first_old + row) * stride + kv_head * D + column, true);
+    }
+    copy_queries<D>(p_, sh_.from, head, sh_.queries);
+    const float* lse = layout_.lse + lse_index(p_, layout_, layer_, q_.index, pass, head);
+    if (thread < kLanes / 4) copy_async(&sh_.lse[thread * 4], lse + thread * 4, true);
+  }
+
+  __device__ void add_head(float (&mass)[4], Products (&products)[2][4]) const {
+    const Place at;
+    const float factor = p_.scale * kLog2E;
+    const int key = at.warp * kKeysPerWarp + b_row();
+    const bf16* key_row = &sh_.keys[key][b_column()];
+    const bf16* old_key_row = sh_.old_rows[key] < 0 ? key_row : &sh_.old_keys[key][b_column()];
+    Scores<kOldLanes> now;
+    Scores<kPassRows> before;
+    score_tile<D, kOldLanes>(key_row, sh_.queries, now);
+    score_tile<D, kPassRows>(old_key_row, sh_.queries + kOldLanes, before);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* lse = sh_.lse + half * 8 + at.row;
+      const float window = lse[kWindowLanes], tracked = lse[kTrackedLanes], old = lse[kOldLanes];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto weight = [&](const float (&score)[2][4], float log_sum) {
+          return exp2_flush(score[i / 2][half * 2 + i % 2] * factor - log_sum);
+        };
+        mass[i] += weight(now[0], window);
+        products[half][i].add(weight(before[0], old), weight(now[1], tracked));
+      }
+    }
+  }
+
+  __device__ double sum_cosines(const Products (&products)[2][4]) const {
+    const Place at;
+    double total = 0.0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (sh_.from[kTrackedLanes + half * 8 + at.row] == nullptr) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (is_valid(at.key(i))) total += products[half][i].cosine();
+      }
+    }
+    return total;
+  }
+
+  const DriftStatisticsParams& p_;
+  const Layout& layout_;
+  const Sequence& q_;
+  int layer_;
+  int first_;
+  bool has_old_ = false;  // whether any of the keys was overwritten
+  StatisticsShared<D>& sh_;
+};
+
+// blockIdx = (key / 64, sequence, layer).
+template <int D>
+__global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
+    statistics_kernel(const DriftStatisticsParams p, const Layout layout) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto& sh = *reinterpret_cast<StatisticsShared<D>*>(memory);
+  wait_for_previous();
+  const int s = static_cast<int>(blockIdx.y), layer = static_cast<int>(blockIdx.z);
+  const Sequence q(p, layer, s);
+  const int first = static_cast<int>(blockIdx.x) * kTileKeys;
+  float mass[4] = {};
+  double cosines = 0.0;
+  if (max(first, q.first_key) < min(first + kTileKeys, q.end_key)) {
+    KeyBlock<D> keys(p, layout, q, layer, first, sh);
+    keys.find_old_rows();
+    cosines = keys.run(mass);
+  }
+  const Place at;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int offset = 4; offset < kWarpSize; offset *= 2) {
+      mass[i] += __shfl_xor_sync(kFullWarp, mass[i], offset);
+    }
+    const int position = first + at.key(i);
+    const bool is_key = position >= q.first_key && position < q.end_key;
+    if (at.row == 0 && position < p.capacity) {
+      p.mass[q.first_cached + position] = is_key ? mass[i] : 0.0f;
+    }
+  }
+  const double total = block_sum(cosines, sh.reduced);
+  if (threadIdx.x == 0) {
+    layout.cosines[(int64_t{layer} * p.num_sequences + s) * layout.num_blocks + blockIdx.x] = total;
+  }
+}
+
+}  // namespace elastic_cache::cuda::drift

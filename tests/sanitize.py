@@ -33,14 +33,15 @@ SELECTION: dict[str, tuple[str, ...]] = {
     "add_rms_norm": (r"rows\[.*-(0|9)\]", r"widths\[.*-(7|64|4096)\]", r"optional_arguments\["),
     "cache_write": (r"sizes\[.*-9\]", r"heads\[.*-(6|128)-\(6, 2\)\]", r"without_saving\["),
     "commit": (r"sizes\[.*-(65|2000)\]", r"eos_drops.*\[", r"nan_commits_nothing.*\["),
-    "drift_attention": (
+    "drift_attention": (r"tracked_rows\[.*-17\]", r"no_row_and_no_key\["),
+    "drift_statistics": (
         r"tracked_rows\[.*-(0|17|65)\]",
         r"heads\[.*-(64|128)-\(6, 2\)\]",
         r"keys\[.*-129\]",
-        r"no_row_and_no_key\[",
+        r"whole_tiles.*\[",
     ),
     "drift_decision": (r"sizes\[.*-(1|3000)\]", r"track_num\[.*-(17|50)\]"),
-    "output_mlp": (r"rows\[.*-17\]",),
+    "output_mlp": (r"rows\[.*-17\]", r"streamed_weights\[.*-65\]"),
     "project_qkv": (r"rows\[.*-17\]", r"all_rows_skipped\["),
     "refresh_rows": (r"sizes\[.*-(65|5000)\]", r"exactly_full.*\["),
     "select_rows": (r"sizes\[.*-(65|4096)\]", r"windows\[.*-17\]", r"exactly_full.*\["),

@@ -48,6 +48,7 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads) add_rms_norm_kernel(AddRmsNormParams p) {
   __shared__ float shared[kThreads / cuda::kWarpSize];
   constexpr int64_t kStride = int64_t{kThreads} * N;
+  cuda::let_next_start();  // a product: it reads weights ahead
   cuda::wait_for_previous();
   const int64_t row = blockIdx.x, base = row * p.width;
   auto* residual = static_cast<T*>(p.residual) + base;

@@ -22,6 +22,7 @@ __device__ T gated(T gate, T up) {
 template <class T, int N>
 __global__ void swiglu_kernel(const T* gate_up, int64_t width, T* out) {
   const int64_t i = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * N, row = blockIdx.x;
+  cuda::let_next_start();  // a product: it reads weights ahead
   cuda::wait_for_previous();
   if (i >= width) return;
   const T* from = gate_up + row * 2 * width + i;

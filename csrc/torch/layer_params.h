@@ -23,6 +23,10 @@ inline LinearParams linear_params(DType dtype, const Tensor& x, const Tensor& we
           .out = output<void>(out)};
 }
 
+// linear of a layer's weights, which may be read before earlier work in the stream has ended.
+void layer_linear(DType dtype, const Tensor& x, const Tensor& weight,
+                  const std::optional<Tensor>& bias, const Tensor& out);
+
 // `rows` and `x_cache` are null without a layer-input cache.
 inline AddRmsNormParams norm_params(DType dtype, const Tensor& residual, const void* delta,
                                     const Tensor& weight, double eps, const Tensor& out,

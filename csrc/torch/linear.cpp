@@ -1,4 +1,5 @@
-// linear: Tensor -> params -> kernel; on a GPU the vendor's product, through torch.
+// linear: Tensor -> params -> kernel; on a GPU the vendor's product, through torch, or for the
+// weights of a layer our own.
 #include "elastic_cache/linear.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +11,7 @@
 #include "layer_params.h"
 #include "ops.h"
 #ifdef ELASTIC_CACHE_CUDA
+#include "stream_linear.h"
 #include "zero_bias.h"
 #endif
 
@@ -40,8 +42,7 @@ std::optional<Tensor> zeros_for(const Tensor& out) {
 std::optional<Tensor> zeros_for(const Tensor&) { return std::nullopt; }
 #endif
 
-// out = x W + bias by torch's own kernels: at 16 to 128 rows they stream the weights at 85 % of
-// what the memory gives, and a first kernel of ours lost (docs/performance.md).
+// out = x W + bias by torch's own kernels.
 void vendor_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const Tensor& out) {
   using torch::stable::detail::from;
@@ -71,6 +72,17 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
 
   if (!out.is_cpu()) return vendor_linear(x, weight, bias, out);
   linear_cpu(linear_params(check.dtype(), x, weight, input<void>(bias), out));
+}
+
+void layer_linear([[maybe_unused]] DType dtype, const Tensor& x, const Tensor& weight,
+                  const std::optional<Tensor>& bias, const Tensor& out) {
+#ifdef ELASTIC_CACHE_CUDA
+  if (out.is_cuda() && !bias && weight.stride(1) == 1) {
+    const CurrentStream stream(out);
+    if (cuda::stream_linear(linear_params(dtype, x, weight, nullptr, out), stream)) return;
+  }
+#endif
+  linear(x, weight, bias, out);
 }
 
 }  // namespace elastic_cache::ops

@@ -35,15 +35,15 @@ void output_mlp(const Tensor& attention, const Tensor& out_weight, const Tensor&
   check.shape("gate_up", gate_up, {rows, both});
   check.shape("delta", delta, {rows, width});
 
-  if (!residual.is_cpu()) {  // the vendor's products stand between the kernels
-    linear(attention, out_weight, std::nullopt, delta);
+  const DType dtype = check.dtype();
+  if (!residual.is_cpu()) {  // products stand between the kernels
+    layer_linear(dtype, attention, out_weight, std::nullopt, delta);
     add_rms_norm(residual, delta, norm_weight, eps, hidden, std::nullopt, std::nullopt);
-    linear(hidden, gate_up_weight, std::nullopt, gate_up);
+    layer_linear(dtype, hidden, gate_up_weight, std::nullopt, gate_up);
     swiglu(gate_up, activation);
-    linear(activation, down_weight, std::nullopt, delta);
+    layer_linear(dtype, activation, down_weight, std::nullopt, delta);
     return;
   }
-  const DType dtype = check.dtype();
   output_mlp_cpu(
       {.output = linear_params(dtype, attention, out_weight, nullptr, delta),
        .norm = norm_params(dtype, residual, input<void>(delta), norm_weight, eps, hidden),

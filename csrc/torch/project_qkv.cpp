@@ -48,10 +48,10 @@ void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
   check.shape("qkv", qkv, {row_count, qkv_width});
   check.rope(head_dim.size, slots.size, capacity, rope.size(0));
 
-  if (!residual.is_cpu()) {  // the vendor's product stands between two kernels
+  if (!residual.is_cpu()) {  // a product stands between two kernels
     add_rms_norm(residual, delta, norm_weight, eps, hidden,
                  x_cache ? std::optional<Tensor>(rows) : std::nullopt, x_cache);
-    linear(hidden, weight, bias, qkv);
+    layer_linear(check.dtype(), hidden, weight, bias, qkv);
     cache_write(qkv, rows, rope, capacity, q_cache, k_cache, v_cache, q_old, k_old);
     return;
   }

@@ -86,9 +86,25 @@ def test_rows(
     check_close("output_mlp", case)
 
 
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 48, 64, 65, 97, 128, 129])
+def test_streamed_weights(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype, num_rows: int
+) -> None:
+    """Sizes that a GPU of compute capability 9.0 multiplies by streaming bfloat16 weights.
+
+    Up to 128 rows; a row's result is then the same with any number of others.
+    """
+    case = make_case(rng, device, dtype, num_rows, 192, 256, 6400)
+    result = check_close("output_mlp", case)
+    if device.type == "cuda" and dtype == torch.bfloat16 and num_rows <= 128:
+        few = {name: case[name][:1].clone() for name in ("attention", *PER_ROW)}
+        for name, value in run(ops, "output_mlp", {**case, **few}).items():
+            assert_same_bits(f"output_mlp: {name} alone", value[0], result[name][0])
+
+
 @pytest.mark.parametrize("width", [1, 17, 128])
 @pytest.mark.parametrize("attention_width", [3, 300])
-@pytest.mark.parametrize("ffn_width", [1, 16, 33, 384])
+@pytest.mark.parametrize("ffn_width", [1, 16, 33, 380])
 def test_widths(
     device: torch.device,
     rng: torch.Generator,

@@ -89,6 +89,20 @@ def test_rows(
     check_close("project_qkv", case, exact=("residual", "x_cache", "q_old", "k_old"))
 
 
+@pytest.mark.parametrize("num_rows", [1, 16, 48, 65, 128])
+@pytest.mark.parametrize("heads", [(34, 17), (2, 1)], ids=str)
+def test_streamed_weights(
+    device: torch.device,
+    rng: torch.Generator,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    num_rows: int,
+) -> None:
+    """Sizes that a GPU of compute capability 9.0 multiplies by streaming bfloat16 weights."""
+    case = {**make_case(rng, device, dtype, num_rows, 192, heads, 128), "bias": None}
+    check_close("project_qkv", case, exact=("residual", "x_cache", "q_old", "k_old"))
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4), (5, 5)], ids=str)
 @pytest.mark.parametrize("width", [1, 7, 255, 300])
 def test_widths(

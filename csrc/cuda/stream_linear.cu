@@ -1,0 +1,113 @@
+// Chooses a form of stream_linear.cuh and launches it.
+#include "stream_linear.h"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "common/heuristics.h"
+#include "common/launch.h"
+#include "common/vector.cuh"
+#include "stream_linear.cuh"
+
+namespace elastic_cache::cuda {
+namespace {
+
+using namespace stream;
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found without linking the driver; null where it has none.
+Encode encode_function() {
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                     &found);
+    return reinterpret_cast<Encode>(function);
+  }();
+  return encode;
+}
+
+template <size_t kRank>
+CUtensorMap tensor_map(const void* base, const std::array<cuuint64_t, kRank>& sizes,
+                       const std::array<cuuint64_t, kRank - 1>& strides,
+                       const std::array<cuuint32_t, kRank>& box) {
+  std::array<cuuint32_t, kRank> ones;
+  ones.fill(1);
+  CUtensorMap map;
+  const CUresult error =
+      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(base),
+                        sizes.data(), strides.data(), box.data(), ones.data(),
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (error != CUDA_SUCCESS) {
+    throw std::runtime_error("linear: cuTensorMapEncodeTiled failed with error " +
+                             std::to_string(error));
+  }
+  return map;
+}
+
+template <class F>
+void launch(const LinearParams& p, Stream stream) {
+  const auto rows = static_cast<cuuint64_t>(p.num_rows);
+  const auto k = static_cast<cuuint64_t>(p.in_features);
+  const auto n = static_cast<cuuint64_t>(p.out_features);
+  // weight [K, N] as [N / 64][K][64]: one copy brings a stage of all the blocks of a tile.
+  const CUtensorMap weights = tensor_map<3>(
+      p.weight, {kBlockColumns, k, n / kBlockColumns},
+      {static_cast<cuuint64_t>(p.weight_row_stride) * sizeof(bf16), kBlockColumns * sizeof(bf16)},
+      {kBlockColumns, kDepth, F::kBlocks});
+  // Rows that x does not have become zero.
+  const CUtensorMap inputs = tensor_map<2>(
+      p.x, {k, rows}, {static_cast<cuuint64_t>(p.x_row_stride) * sizeof(bf16)}, {kDepth, F::kRows});
+  const auto num_tiles = static_cast<int>(blocks_for(p.out_features, F::kBlocks * kBlockColumns));
+  const int num_blocks =
+      F::kSplits > 1 ? num_tiles * F::kSplits : std::min(num_tiles, kStreamBlocks);
+  const Problem problem{.out = static_cast<bf16*>(p.out),
+                        .num_rows = static_cast<int>(p.num_rows),
+                        .num_columns = static_cast<int>(p.out_features),
+                        .num_steps = static_cast<int>(p.in_features / kDepth),
+                        .num_tiles = num_tiles,
+                        .window = std::min(kWindowBytes / F::kWeightBytes, F::kStages)};
+  launch_overlapping("linear", stream_kernel<F>, dim3(static_cast<unsigned int>(num_blocks)),
+                     F::kThreads, stream, SharedBytes{F::kSharedBytes}, ClusterSize{F::kSplits},
+                     weights, inputs, problem);
+}
+
+template <int kBlocks, int kSplits>
+void launch_rows(const LinearParams& p, Stream stream) {
+  if (p.num_rows <= 16) return launch<Form<16, kBlocks, kSplits>>(p, stream);
+  if (p.num_rows <= 32) return launch<Form<32, kBlocks, kSplits>>(p, stream);
+  if (p.num_rows <= 48) return launch<Form<48, kBlocks, kSplits>>(p, stream);
+  if (p.num_rows <= 64) return launch<Form<64, kBlocks, kSplits>>(p, stream);
+  if (p.num_rows <= 96) return launch<Form<96, kBlocks, kSplits>>(p, stream);
+  launch<Form<128, kBlocks, kSplits>>(p, stream);
+}
+
+bool has_form(const LinearParams& p) {
+  return DeviceLimits::current().has_wgmma && encode_function() != nullptr &&
+         p.dtype == DType::kBFloat16 && p.bias == nullptr && p.num_rows > 0 &&
+         p.num_rows <= kMaxRows && p.in_features > 0 && p.out_features > 0 &&
+         are_vectors<bf16>({p.x, p.weight, p.out}, {p.x_row_stride, p.weight_row_stride}) &&
+         p.in_features % kDepth == 0 && p.out_features % kBlockColumns == 0;
+}
+
+}  // namespace
+
+bool stream_linear(const LinearParams& params, Stream stream) {
+  if (!has_form(params)) return false;
+  const int64_t tiles = blocks_for(params.out_features, 3 * kBlockColumns);
+  const int64_t steps = params.in_features / kDepth;
+  if (tiles > kStreamBlocks / 2 || steps < 3) {
+    launch_rows<3, 1>(params, stream);
+  } else if (tiles > kStreamBlocks / 3) {
+    launch_rows<3, 2>(params, stream);
+  } else {
+    launch_rows<2, 3>(params, stream);
+  }
+  return true;
+}
+
+}  // namespace elastic_cache::cuda

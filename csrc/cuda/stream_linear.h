@@ -1,0 +1,13 @@
+// The product of a layer's weights with the few rows of a step, on compute capability 9.0.
+#pragma once
+
+#include "elastic_cache/linear.h"
+
+namespace elastic_cache::cuda {
+
+// Computes linear(params), or returns false where it has no form for them.
+// The subtle thing: it reads `weight` before earlier work in the stream has ended. No kernel of
+// this library that is still pending may write it.
+bool stream_linear(const LinearParams& params, Stream stream);
+
+}  // namespace elastic_cache::cuda

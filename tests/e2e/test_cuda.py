@@ -27,7 +27,6 @@ from elastic_cache.report import STATUS_MASKED
 from elastic_cache.runner import Runner, Start
 
 from tests.conftest import why_no_cuda
-from tests.tolerance import assert_close
 
 NUM_STEPS = 100
 SETTINGS = GenerationConfig(gen_length=96, gamma=0.9)
@@ -166,23 +165,41 @@ def test_float32_decides_as_the_cpu_does(on_cpu: Model) -> None:
 
 
 def test_bfloat16_logits_are_as_good_as_plain_torch(on_cpu: Model) -> None:
-    """Against the same step in float64 on the same bfloat16 tokens, weights and caches."""
+    """Against the same step in float64 on the same bfloat16 tokens, weights and caches.
+
+    A row can be at a tipping point, where plain torch itself gives logits of either kind: in step
+    8 of this run products that are off by a quarter of bfloat16's rounding move one row's logits
+    by 0.73, other orders of the same sums by 0.13 to 0.32 (on the CPU). So single rows may be
+    further off than twice plain torch's largest error, if they are rare, and the run as a whole
+    may not.
+    """
     from elastic_cache import ops
 
     native = moved(on_cpu, "cuda", torch.bfloat16)
     truth = replace(
         moved(on_cpu, "cuda", torch.float64), weights=_widened(native), dtype=torch.float64
     )
-    count = 0
+    count = num_rows = num_far = 0
+    squares = torch.zeros(2, dtype=torch.float64, device="cuda")
     for native_step, plain_step, truth_step in lessons(
         [(native, ops), (native, reference), (truth, reference)]
     ):
         if len({step[1] for step in (native_step, plain_step, truth_step)}) > 1:
             continue  # a verdict near gamma: the passes are of different layers
-        logits = [step[0].logits for step in (native_step, truth_step, plain_step)]
-        assert_close(f"logits of step {count}", *logits, condition=0.0)  # type: ignore[arg-type]
+        ours, plain = (
+            (step[0].logits.double() - truth_step[0].logits.double()).abs()
+            for step in (native_step, plain_step)
+        )
+        num_far += int((ours.amax(1) > 2 * plain.max()).sum())
+        num_rows += len(ours)
+        squares += torch.stack((ours.square().mean(), plain.square().mean()))
         count += 1
     assert count >= NUM_STEPS * 0.9
+    assert num_far <= 0.005 * num_rows, f"{num_far} of {num_rows} rows are far off"
+    mean, plain_mean = squares.tolist()
+    assert mean <= 1.2 * plain_mean, (
+        f"mean square error {mean:.3g}, of plain torch {plain_mean:.3g}"
+    )
 
 
 def _widened(model: Model):

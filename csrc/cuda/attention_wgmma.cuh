@@ -1,11 +1,11 @@
 // The part kernel of attention with a warpgroup's products (compute capability 9.0); D is head_dim.
 //
 // A warpgroup takes 64 lanes, a warp of it 16, from the scores to the output; weights stay in
-// registers. A block has one warpgroup or two, which share the tiles of 64 keys; as many tiles as
-// fit are on their way at once, and there is one barrier a tile. The subtle thing: nothing a lane's
-// result goes through depends on which lanes, or how many, are beside it. Rows of several sequences
-// in a block: it runs over the keys of each, every warpgroup computing where a lane of its own is
-// concerned.
+// registers. The two warpgroups of a block share the tiles of 64 keys (one without lanes helps to
+// copy); as many tiles as fit are on their way at once, and there is one barrier a tile.
+// The subtle thing: nothing a lane's result goes through depends on which lanes, or how many, are
+// beside it. Rows of several sequences in a block: it runs over the keys of each, every warpgroup
+// computing where a lane of its own is concerned.
 #pragma once
 
 #include <cmath>

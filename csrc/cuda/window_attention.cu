@@ -1,9 +1,10 @@
 // Attention of a few rows over all keys of their sequence, with log-sum-exp (window_attention.h).
 //
 // A lane is a (row, query head) pair; the lanes of a key/value head share its keys. Two kernels:
-//   part     a block takes up to 64 lanes of one key/value head and one of `num_splits` parts of
+//   part     a block takes up to 128 lanes of one key/value head and one of `num_splits` parts of
 //            the keys -> unnormalised output [D], maximum and sum of every lane
-//            (attention_tensor_cores.cuh; attention_plain.cuh is the form to read first)
+//            (attention_plain.cuh is the form to read first, attention_wgmma.cuh the one of 9.0,
+//            attention_mma.cuh that of 8.0 and of head_dim 32)
 //   combine  a warp a lane adds the parts in order (attention_launch.cuh)
 #include "elastic_cache/window_attention.h"
 

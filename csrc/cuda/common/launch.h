@@ -77,9 +77,10 @@ struct ClusterSize {
   unsigned int blocks = 1;
 };
 
-// Launches a kernel that may start while the last blocks of the one before it are still running. It
-// must call wait_for_previous() before it touches memory: an op's inputs may be what the kernel
-// before it, whoever launched that, is writing.
+// Launches a kernel that may start while the one before it is still running. It must call
+// wait_for_previous() before it touches memory that a kernel may write: an op's inputs may be what
+// the kernel before it, whoever launched that, is writing. (Every block must wait: the kernel after
+// this one relies on it for all kernels before.)
 template <class... Args>
 void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int num_threads,
                         Stream stream, SharedBytes shared, ClusterSize cluster,

@@ -12,7 +12,6 @@
 
 namespace elastic_cache::cuda::attention {
 
-constexpr float kLog2E = 1.44269504088896340736f;
 constexpr int kNoSequence = INT_MAX;
 
 // What the part kernel leaves for the combining one; an item is row * H + head.
@@ -31,7 +30,6 @@ struct KeySpan {
 __device__ inline KeySpan split_keys(const int32_t* key_range, int sequence, int split,
                                      int num_splits) {
   const int first = key_range[2 * sequence], last = key_range[2 * sequence + 1];
-  constexpr int kTileKeys = kAttentionTileKeys;
   const int tiles = (max(last - first, 0) + kTileKeys - 1) / kTileKeys;
   const auto tile = [&](int i) {
     return static_cast<int>(static_cast<int64_t>(tiles) * i / num_splits);

@@ -8,8 +8,6 @@ namespace elastic_cache::cuda::attention {
 
 using bf16 = __nv_bfloat16;
 
-constexpr int kTileKeys = kAttentionTileKeys;
-
 template <int D>
 using Tile = bf16[kTileKeys][D + kRowPad];
 

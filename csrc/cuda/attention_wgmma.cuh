@@ -23,7 +23,6 @@ constexpr int kGroups = 2;
 constexpr int kBlockLanes = kGroups * kGroupLanes;
 constexpr int kBlockThreads = kGroups * kGroupThreads;
 constexpr int kStages = 4;
-constexpr int kStageKeys = kAttentionTileKeys;
 
 // 64 rows of D elements, as products want them.
 template <int D>
@@ -66,14 +65,14 @@ struct LaneState {
 
   // Scores of a tile, of whose keys `count` are there -> weights as A fragments; what was added
   // before is rescaled.
-  __device__ __forceinline__ void weigh(float (&score)[kStageKeys / 8][4], float factor, int count,
-                                        uint32_t (&weights)[kStageKeys / 16][4]) {
+  __device__ __forceinline__ void weigh(float (&score)[kTileKeys / 8][4], float factor, int count,
+                                        uint32_t (&weights)[kTileKeys / 16][4]) {
     const int first_key = static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float top = max[half];
 #pragma unroll
-      for (int i = 0; i < kStageKeys / 4; ++i) {
+      for (int i = 0; i < kTileKeys / 4; ++i) {
         float& x = score[i / 2][half * 2 + i % 2];
         x = first_key + i / 2 * 8 + i % 2 < count ? x * factor : -INFINITY;
         top = fmaxf(top, x);
@@ -89,12 +88,11 @@ struct LaneState {
         out[n][half * 2 + 1] *= rescale;
       }
 #pragma unroll
-      for (int n = 0; n < kStageKeys / 8; ++n) {
+      for (int n = 0; n < kTileKeys / 8; ++n) {
         const float a = exp2_flush(score[n][half * 2] - top);
         const float b = exp2_flush(score[n][half * 2 + 1] - top);
         sum[half] += a + b;
-        const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
-        weights[n / 2][n % 2 * 2 + half] = *reinterpret_cast<const uint32_t*>(&both);
+        weights[n / 2][n % 2 * 2 + half] = packed(a, b);
       }
     }
   }
@@ -102,7 +100,7 @@ struct LaneState {
   __device__ __forceinline__ void add_tile(uint32_t (&queries)[D / 16][4], uint32_t keys,
                                            uint32_t values, float factor, int count) {
     constexpr int kBlockBytes = Operand<D>::kBlockBytes;
-    float score[kStageKeys / 8][4] = {};
+    float score[kTileKeys / 8][4] = {};
     wgmma::begin(score, queries);
 #pragma unroll
     for (int d = 0; d < D; d += 16) {
@@ -111,11 +109,11 @@ struct LaneState {
       wgmma::multiply_transposed(score, queries[d / 16], wgmma::operand<kBlockBytes>(at));
     }
     wgmma::end(score);
-    uint32_t weights[kStageKeys / 16][4];
+    uint32_t weights[kTileKeys / 16][4];
     weigh(score, factor, count, weights);
     wgmma::begin(out, weights);
 #pragma unroll
-    for (int k = 0; k < kStageKeys; k += 16) {
+    for (int k = 0; k < kTileKeys; k += 16) {
       const uint32_t at = values + k * wgmma::kBlockRowBytes;
       wgmma::multiply(out, weights[k / 16], wgmma::operand<kBlockBytes>(at));
     }
@@ -193,9 +191,9 @@ class WgmmaPart {
   // there must not be NaN.
   __device__ void copy_tile(const void* cache, int sequence, const KeySpan& span, int tile,
                             Operand<D>& to) const {
-    const int count = span.end - span.begin - tile * kStageKeys;
+    const int count = span.end - span.begin - tile * kTileKeys;
     if (count <= 0) return;
-    const int64_t slot = sequence * p_.capacity + span.begin + int64_t{tile} * kStageKeys;
+    const int64_t slot = sequence * p_.capacity + span.begin + int64_t{tile} * kTileKeys;
     const auto* from = static_cast<const __nv_bfloat16*>(cache) + slot * stride_ +
                        static_cast<int>(blockIdx.z) * D;
     constexpr int kStep = kBlockThreads / (D / 8);
@@ -203,7 +201,7 @@ class WgmmaPart {
     const int column = static_cast<int>(threadIdx.x) % (D / 8) * 8;
     const auto* at = from + first * stride_ + column;
 #pragma unroll
-    for (int i = 0; i < kStageKeys / kStep; ++i, at += kStep * stride_) {
+    for (int i = 0; i < kTileKeys / kStep; ++i, at += kStep * stride_) {
       const int key = first + i * kStep;
       copy_async(to.at(key, column), key < count ? at : from, key < count);
     }
@@ -216,7 +214,7 @@ class WgmmaPart {
 
   // The first kStages tiles are under way, a group each.
   __device__ __forceinline__ void run_sequence(int sequence, const KeySpan& span) const {
-    const int num_tiles = (max(span.end - span.begin, 0) + kStageKeys - 1) / kStageKeys;
+    const int num_tiles = (max(span.end - span.begin, 0) + kTileKeys - 1) / kTileKeys;
     const int* mine = sh_.sequences + group() * kGroupLanes;
     const bool is_mine =
         __any_sync(kFullWarp, mine[thread()] == sequence || mine[thread() + kWarpSize] == sequence);
@@ -237,7 +235,7 @@ class WgmmaPart {
       if (!is_mine) continue;
       state.add_tile(queries, shared_address(&sh_.keys[tile % kStages]),
                      shared_address(&sh_.values[tile % kStages]), factor,
-                     span.end - span.begin - tile * kStageKeys);
+                     span.end - span.begin - tile * kTileKeys);
     }
     if (is_mine) write(sequence, state);
   }

@@ -11,7 +11,6 @@
 
 namespace elastic_cache::cuda::drift {
 
-constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kMinNorm = 1e-8f;
 
 constexpr int kPassRows = 16;

@@ -16,6 +16,7 @@ namespace elastic_cache {
 namespace {
 
 using namespace cuda::drift;
+using cuda::kTileKeys;
 
 bool has_tensor_core_form(const DriftStatisticsParams& p) {
   const auto fits = [&](const void* x) { return cuda::are_vectors<bf16>({x}, {p.head_dim}); };

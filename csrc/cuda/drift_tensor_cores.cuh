@@ -15,7 +15,6 @@ namespace elastic_cache::cuda::drift {
 
 using attention::bf16;
 using attention::copy_tile;
-using attention::kTileKeys;
 using attention::score_tile;
 using attention::Scores;
 using attention::Tile;

@@ -92,11 +92,6 @@ struct Work {
   __device__ uint32_t empty(int slot) const { return full(slot) + 8; }
 };
 
-__device__ inline uint32_t packed(float a, float b) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // A place in a ring: the slot, and the parity of the round through it.
 template <int kSlots>
 struct Place {

@@ -144,7 +144,6 @@ class Forward:
         self._overwritten = (
             OverwrittenRows.allocate(model, max_deferred, model.device) if max_deferred else None
         )
-        self._max_deferred = max_deferred
         self._all_slots = torch.arange(slots, dtype=torch.int32, device=model.device)
 
     def run_rows(
@@ -161,11 +160,11 @@ class Forward:
         """
         work = self._workspace.rows(len(rows))
         self._embed(state, rows, work)
-        overwritten = verdict = None
-        if drift is not None and len(rows) <= self._max_deferred:
-            overwritten = self._overwritten
-        elif drift is not None and self._can_peek:
-            verdict = state.first_full_layer.numpy()
+        overwritten = self._overwritten if drift is not None else None
+        if overwritten is not None and len(rows) > overwritten.q.shape[1]:
+            overwritten = None
+        looks = drift is not None and overwritten is None and self._can_peek
+        verdict = state.first_full_layer.numpy() if looks else None
         for index, layer in enumerate(self._layers):
             if verdict is not None and max(verdict.tolist()) <= index:
                 self._store_input(index, rows, work)

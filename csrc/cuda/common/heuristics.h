@@ -8,7 +8,7 @@ namespace elastic_cache::cuda {
 
 // Keys of an attention tile. Four tiles of K and V at head_dim 128 are 139 KB: all bytes a block
 // needs at 1024 keys and 32 heads are then on their way at once [c].
-inline constexpr int kAttentionTileKeys = 64;
+inline constexpr int kTileKeys = 64;
 
 // Blocks that attention wants for one tile of rows: one on each of an H100's or H200's 132 SMs.
 // A constant, and not what the device at hand has: results are to be the same on all.
@@ -24,7 +24,7 @@ inline constexpr int64_t kMaxAttentionSplits = 32;
 // Into how many parts the keys of a sequence are cut. It must not depend on the rows: then a row's
 // result does not depend on what else is computed with it.
 inline int64_t attention_splits(int64_t num_kv_heads, int64_t capacity) {
-  const int64_t tiles = (capacity + kAttentionTileKeys - 1) / kAttentionTileKeys;
+  const int64_t tiles = (capacity + kTileKeys - 1) / kTileKeys;
   const int64_t wanted = kAttentionBlocks / std::max<int64_t>(num_kv_heads, 1);
   return std::max<int64_t>(1, std::min({wanted, tiles, kMaxAttentionSplits}));
 }

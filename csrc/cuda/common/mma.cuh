@@ -72,6 +72,12 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Two neighbouring elements of a fragment.
+__device__ inline uint32_t packed(float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // This thread's address for the A fragment at (row, column) of a matrix in shared memory; the same
 // places serve a transposed load of two B from [k][n].
 __device__ inline int a_row() { return static_cast<int>(threadIdx.x) & 15; }

@@ -29,6 +29,8 @@ __device__ inline float round_to(float x) {
   return to_float(from_float<T>(x));
 }
 
+inline constexpr float kLog2E = 1.44269504088896340736f;
+
 // 2^x; results below 2^-126 become zero, which saves exp2f's three instructions for them.
 __device__ inline float exp2_flush(float x) {
   float y;

@@ -83,6 +83,21 @@ __device__ __forceinline__ void end(float (&c)[N][4]) {
   ELASTIC_CACHE_REGISTERS_4((c)[0]), ELASTIC_CACHE_REGISTERS_4((c)[1]), \
       ELASTIC_CACHE_REGISTERS_4((c)[2]), ELASTIC_CACHE_REGISTERS_4((c)[3])
 
+// "%0, %1, ..." for so many registers.
+#define ELASTIC_CACHE_LIST_32                                              \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ELASTIC_CACHE_LIST_64                                                        \
+  ELASTIC_CACHE_LIST_32                                                              \
+  ", "                                                                               \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ELASTIC_CACHE_LIST_96                                                        \
+  ELASTIC_CACHE_LIST_64                                                              \
+  ", "                                                                               \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+
 // c += a b^T: a 64 x 16, b [8 kGroups][16], its rows those of the blocks.
 template <int kGroups>
 __device__ __forceinline__ void multiply_transposed(float (&c)[kGroups][4], const uint32_t (&a)[4],
@@ -90,8 +105,8 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[kGroups][4], cons
   static_assert(kGroups == 8);
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{" ELASTIC_CACHE_LIST_32
+      "}, "
       "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
       : ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -105,18 +120,16 @@ __device__ __forceinline__ void multiply(float (&c)[kGroups][4], const uint32_t 
   if constexpr (kGroups == 8) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{" ELASTIC_CACHE_LIST_32
+        "}, "
         "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
         : ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   } else {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{" ELASTIC_CACHE_LIST_64
+        "}, "
         "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
         : ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
           ELASTIC_CACHE_REGISTERS_16(&c[8]), ELASTIC_CACHE_REGISTERS_16(&c[12])
@@ -133,10 +146,8 @@ __device__ __forceinline__ void multiply(float (&c)[kGroups][4], uint64_t a, uin
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.u32 p, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34,"
-        " %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "
-        "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{" ELASTIC_CACHE_LIST_64
+        "}, "
         "%64, %65, p, 1, 1, 0, 1;\n}"
         : ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
           ELASTIC_CACHE_REGISTERS_16(&c[8]), ELASTIC_CACHE_REGISTERS_16(&c[12])
@@ -145,12 +156,8 @@ __device__ __forceinline__ void multiply(float (&c)[kGroups][4], uint64_t a, uin
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.u32 p, %98, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34,"
-        " %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "
-        "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67,"
-        " %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "
-        "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+        "{" ELASTIC_CACHE_LIST_96
+        "}, "
         "%96, %97, p, 1, 1, 0, 1;\n}"
         : ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
           ELASTIC_CACHE_REGISTERS_16(&c[8]), ELASTIC_CACHE_REGISTERS_16(&c[12]),
@@ -159,6 +166,9 @@ __device__ __forceinline__ void multiply(float (&c)[kGroups][4], uint64_t a, uin
   }
 }
 
+#undef ELASTIC_CACHE_LIST_96
+#undef ELASTIC_CACHE_LIST_64
+#undef ELASTIC_CACHE_LIST_32
 #undef ELASTIC_CACHE_REGISTERS_16
 #undef ELASTIC_CACHE_REGISTERS_4
 

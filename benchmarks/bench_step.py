@@ -124,23 +124,39 @@ def make_runner(model: Model, length: int, *, tests_drift: bool, capture: bool) 
     return runner
 
 
-def time_steps(
-    label: str, runner: BenchRunner, plan: Plan, length: int, steps: int, device: torch.device
-) -> Timing:
-    """Wall time of launch to finish; the state is put back before each."""
-    restore, times = runner.snapshot(), []
+@dataclass(frozen=True)
+class Cell:
+    """A step to be timed."""
+
+    label: str
+    runner: BenchRunner
+    plan: Plan
+
+
+def time_steps(cells: list[Cell], length: int, steps: int, device: torch.device) -> list[Timing]:
+    """Wall time of launch to finish; the state is put back before each.
+
+    The cells take turns, so that a GPU that grows warm, and slower, does so for all of them.
+    """
+    restores = [cell.runner.snapshot() for cell in cells]
+    times: list[list[float]] = [[] for _ in cells]
     for index in range(WARM_UP_STEPS + steps):
+        for cell, restore, own in zip(cells, restores, times, strict=True):
+            with torch.inference_mode():
+                restore()
+            synchronise(device)
+            begin = time.perf_counter()
+            cell.runner.launch(cell.plan)
+            cell.runner.finish()
+            if index >= WARM_UP_STEPS:
+                own.append(1e3 * (time.perf_counter() - begin))
+    for restore in restores:
         with torch.inference_mode():
             restore()
-        synchronise(device)
-        begin = time.perf_counter()
-        runner.launch(plan)
-        runner.finish()
-        if index >= WARM_UP_STEPS:
-            times.append(1e3 * (time.perf_counter() - begin))
-    with torch.inference_mode():
-        restore()
-    return summarize(label, length, plan.num_rows, times)
+    return [
+        summarize(cell.label, length, cell.plan.num_rows, own)
+        for cell, own in zip(cells, times, strict=True)
+    ]
 
 
 def summarize(label: str, length: int, rows: int, times: list[float]) -> Timing:
@@ -159,31 +175,32 @@ def measure_length(
     model: Model, length: int, rows: list[int], refreshes: list[int], steps: int
 ) -> list[Timing]:
     """All cells of one sequence length."""
-    timings, device, depth = [], model.device, model.config.num_layers
+    timings: list[Timing] = []
+    device, depth, few = model.device, model.config.num_layers, max(steps // 10, 10)
+    runner, untested = (
+        make_runner(model, length, tests_drift=tests, capture=True) for tests in (True, False)
+    )
 
-    def add(timing: Timing) -> None:
-        timings.append(timing)
-        print(timing, flush=True)
+    def add(num_steps: int, *cells: Cell) -> None:
+        for timing in time_steps(list(cells), length, num_steps, device):
+            timings.append(timing)
+            print(timing, flush=True)
 
-    for capture, name in ((True, "window step"), (False, "window step, eager")):
-        runner = make_runner(model, length, tests_drift=True, capture=capture)
-        for count in rows if capture else rows[:1]:
-            plan = runner.set_lists(count)
-            add(time_steps(name, runner, plan, length, steps if capture else 10, device))
-        if capture:
-            plan = runner.set_lists(max(32, rows[0]))
-            for layers in (k for k in refreshes if k <= depth):
-                runner.forced_layer = depth - layers
-                label = f"with {layers} layers refreshed"
-                add(time_steps(label, runner, plan, length, max(steps // 10, 10), device))
-            runner.forced_layer = None
-            plan = Plan(True, length, WINDOW)
-            add(time_steps("full step", runner, plan, length, max(steps // 10, 10), device))
-        del runner
-    runner = make_runner(model, length, tests_drift=False, capture=True)
     for count in rows:
-        plan = runner.set_lists(count)
-        add(time_steps("window step, no drift test", runner, plan, length, steps, device))
+        add(
+            steps,
+            Cell("window step", runner, runner.set_lists(count)),
+            Cell("window step, no drift test", untested, untested.set_lists(count)),
+        )
+    plan = runner.set_lists(max(32, rows[0]))
+    for layers in (k for k in refreshes if k <= depth):
+        runner.forced_layer = depth - layers
+        add(few, Cell(f"with {layers} layers refreshed", runner, plan))
+    runner.forced_layer = None
+    add(few, Cell("full step", runner, Plan(True, length, WINDOW)))
+    del runner, untested
+    eager = make_runner(model, length, tests_drift=True, capture=False)
+    add(10, Cell("window step, eager", eager, eager.set_lists(rows[0])))
     return timings
 
 

@@ -7,6 +7,8 @@ instrumented: torch's are many, slow to check, and not ours. Three things keep "
 being empty: SELECTION must match tests for every operator with a kernel, every run must end with
 the tool's own summary, and memcheck must find a write that the probe makes out of bounds.
 
+An operator's tests are one run, and several run at a time: a fault ends one operator's alone.
+
 Exit status: 0 nothing found; 1 something found, or a test failed; 2 it could not be run.
 """
 
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +44,9 @@ SELECTION: dict[str, tuple[str, ...]] = {
         r"whole_tiles.*\[",
     ),
     "drift_decision": (r"sizes\[.*-(1|3000)\]", r"track_num\[.*-(17|50)\]"),
-    "output_mlp": (r"rows\[.*-17\]", r"streamed_weights\[.*-65\]"),
+    # Not bfloat16's rows: under racecheck the vendor's product with a bias is an illegal access,
+    # also in torch.addmm alone (torch 2.11.0+cu130, compute-sanitizer 2025.3.1).
+    "output_mlp": (r"rows\[.*float32-17\]", r"streamed_weights\[.*-(17|65)\]"),
     "project_qkv": (r"rows\[.*-17\]", r"all_rows_skipped\["),
     "refresh_rows": (r"sizes\[.*-(65|5000)\]", r"exactly_full.*\["),
     "select_rows": (r"sizes\[.*-(65|4096)\]", r"windows\[.*-17\]", r"exactly_full.*\["),
@@ -89,6 +94,13 @@ def choose(collected: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def by_operator(tests: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for test in tests:
+        groups.setdefault(Path(test.partition("::")[0]).stem.removeprefix("test_"), []).append(test)
+    return groups
+
+
 def collect() -> list[str]:
     """Ids of all operator tests."""
     command = [*PYTEST, "--collect-only", "tests/ops"]
@@ -119,8 +131,17 @@ def why_not(sanitizer: str | None) -> str | None:
     return None if problem is None else f"{problem.reason}: {problem.fix}; nothing was checked"
 
 
-def sanitize(sanitizer: str, tool: str, what: str, command: Sequence[str]) -> tuple[Summary, int]:
-    """Runs a command under a tool; its summary and the command's own exit status."""
+@dataclass(frozen=True)
+class Run:
+    """What a command under a tool came to."""
+
+    summary: Summary
+    status: int  # the command's own exit status
+    seconds: float
+
+
+def sanitize(sanitizer: str, tool: str, what: str, command: Sequence[str]) -> Run:
+    began = time.monotonic()
     log = LOGS / f"{tool}-{what.replace(' ', '-')}.log"
     log.unlink(missing_ok=True)
     options = ["--tool", tool, "--log-file", str(log), "--kernel-name"]
@@ -139,17 +160,19 @@ def sanitize(sanitizer: str, tool: str, what: str, command: Sequence[str]) -> tu
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             status = 124
-    return read_summary(log.read_text() if log.exists() else ""), status
+    summary = read_summary(log.read_text() if log.exists() else "")
+    return Run(summary, status, time.monotonic() - began)
 
 
-def report(tool: str, what: str, summary: Summary, status: int, seconds: float) -> bool:
+def report(tool: str, what: str, run: Run) -> bool:
     """Prints one line for a run, and its first finding; whether it is clean."""
+    summary, status = run.summary, run.status
     unit = "hazards" if tool == "racecheck" else "errors"
     is_clean = summary.found == 0 and status == 0
     verdict = f"{summary.found} {unit}" if summary.found is not None else "did not finish"
     if summary.found == 0 and status:
         verdict += f", but the run failed with status {status}"
-    print(f"{'ok  ' if is_clean else 'FAIL'} {tool:<10} {what:<18} {verdict}, {seconds:.0f} s")
+    print(f"{'ok  ' if is_clean else 'FAIL'} {tool:<10} {what:<18} {verdict}, {run.seconds:.0f} s")
     for line in summary.lines:
         print(f"       {line}")
     if not is_clean:
@@ -160,13 +183,11 @@ def report(tool: str, what: str, summary: Summary, status: int, seconds: float) 
 
 def check_the_tool(sanitizer: str, probe: Path) -> bool:
     """memcheck must see a write out of bounds by one of our kernels."""
-    began = time.monotonic()
-    summary, _ = sanitize(sanitizer, "memcheck", "planted overrun", [str(probe), "overrun"])
-    is_seen = bool(summary.found) and "Invalid" in " ".join(summary.lines)
+    run = sanitize(sanitizer, "memcheck", "planted overrun", [str(probe), "overrun"])
+    is_seen = bool(run.summary.found) and "Invalid" in " ".join(run.summary.lines)
     verdict = "seen" if is_seen else "NOT seen: the tool or the filter of kernels does not work"
-    seconds = time.monotonic() - began
     print(f"{'ok  ' if is_seen else 'FAIL'} {'memcheck':<10} {'planted overrun':<18} {verdict}, "
-          f"{seconds:.0f} s", flush=True)  # fmt: skip
+          f"{run.seconds:.0f} s", flush=True)  # fmt: skip
     return is_seen
 
 
@@ -175,6 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--probe", type=Path, help="the built attention_probe")
     parser.add_argument("--tools", default="memcheck,racecheck", help="comma-separated")
     parser.add_argument("--all", action="store_true", help="all operator tests, which takes long")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="at a time")
     parser.add_argument("--list", action="store_true", help="print the chosen tests and stop")
     options = parser.parse_args(argv)
     options.tools = options.tools.split(",")
@@ -197,8 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sanitize: {problem}", file=sys.stderr)
         return 2
     LOGS.mkdir(parents=True, exist_ok=True)
-    tests = ["tests/ops", "-k", "cuda"] if options.all else choose(collect())
-    runs = {"operator tests": [*PYTEST, *tests]}
+    tests = collect()
+    tests = [test for test in tests if "[cuda" in test] if options.all else choose(tests)
+    runs = {op: [*PYTEST, *chosen] for op, chosen in by_operator(tests).items()}
     is_clean = True
     if options.probe is None:
         print("without --probe: no attention probe, and the tool itself is not tried")
@@ -206,11 +229,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         probe = options.probe.resolve()
         runs["attention probe"] = [str(probe), "check"]
         is_clean = check_the_tool(sanitizer, probe)
-    for tool in options.tools:
-        for what, command in runs.items():
-            began = time.monotonic()
-            summary, status = sanitize(sanitizer, tool, what, command)
-            is_clean &= report(tool, what, summary, status, time.monotonic() - began)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        started = [
+            (tool, what, pool.submit(sanitize, sanitizer, tool, what, command))
+            for tool in options.tools
+            for what, command in runs.items()
+        ]
+        for tool, what, run in started:
+            is_clean &= report(tool, what, run.result())
     return 0 if is_clean else 1
 
 

@@ -14,87 +14,101 @@ namespace {
 using cuda::from_float;
 using cuda::to_float;
 
-constexpr int kThreads = 512;
-constexpr int kMaxRounds = 2;  // chunks of a row a thread keeps in registers: 8,192 bfloat16
+constexpr int kThreads = 256;
+constexpr int kMaxRounds = 2;  // chunks of a row a thread keeps in registers: 4,096 bfloat16
 
-// residual += delta for one chunk of N elements; stores it, and returns it as floats.
+// A row: residual += delta, kept in cached as well; out = normalised residual * weight.
 template <class T, int N>
-__device__ void add_chunk(T* residual, const T* delta, T* cached, float* x) {
-  auto sum = cuda::load_pack<T, N>(residual);
-  if (delta) {
-    const auto d = cuda::load_pack<T, N>(delta);
+struct Row {
+  using Pack = cuda::Pack<T, N>;
+  using Raw = cuda::RawPack<T, N>;
+  T* residual;
+  const T* delta;  // or null
+  T* cached;       // or null
+  const T* weight;
+  T* out;
+
+  __device__ Row(const AddRmsNormParams& p, int64_t row) {
+    const int64_t base = row * p.width;
+    residual = static_cast<T*>(p.residual) + base;
+    delta = p.delta ? static_cast<const T*>(p.delta) + base : nullptr;
+    const int64_t slot = p.x_cache ? p.rows[row] : -1;
+    cached = slot < 0 ? nullptr : static_cast<T*>(p.x_cache) + slot * p.width;
+    weight = static_cast<const T*>(p.weight);
+    out = static_cast<T*>(p.out) + base;
+  }
+
+  __device__ Raw load(const T* from, int i) const { return cuda::load_raw<T, N>(from + i); }
+  __device__ static float element(const Raw& raw, int n) { return cuda::raw_element<T, N>(raw, n); }
+  // One chunk, `sum` the residual before: stores the sum, and returns its squares'.
+  __device__ float add(int i, Raw& sum, const Raw& added) const {
+    if (delta) {
+      Pack total;
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        total.data[n] = from_float<T>(element(sum, n) + element(added, n));
+      }
+      sum = reinterpret_cast<const Raw&>(total);
+      cuda::store_raw<T, N>(residual + i, sum);
+    }
+    if (cached) cuda::store_raw<T, N>(cached + i, sum);
+    float squares = 0.0f;
+#pragma unroll
+    for (int n = 0; n < N; ++n) squares += element(sum, n) * element(sum, n);
+    return squares;
+  }
+  __device__ void normalise(int i, const Raw& sum, const Raw& w, float inverse) const {
+    Pack result;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      sum.data[n] = from_float<T>(to_float(sum.data[n]) + to_float(d.data[n]));
+      result.data[n] = from_float<T>(cuda::round_to<T>(element(sum, n) * inverse) * element(w, n));
     }
-    cuda::store_pack(residual, sum);
+    cuda::store_pack(out + i, result);
   }
-  if (cached) cuda::store_pack(cached, sum);
-#pragma unroll
-  for (int n = 0; n < N; ++n) x[n] = to_float(sum.data[n]);
-}
+};
 
 template <class T, int N>
-__device__ void normalise_chunk(const float* x, float inverse, const cuda::Pack<T, N>& w, T* out) {
-  cuda::Pack<T, N> result;
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    result.data[n] = from_float<T>(cuda::round_to<T>(x[n] * inverse) * to_float(w.data[n]));
-  }
-  cuda::store_pack(out, result);
-}
-
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads) add_rms_norm_kernel(AddRmsNormParams p) {
+__global__ void __launch_bounds__(kThreads, 5) add_rms_norm_kernel(AddRmsNormParams p) {
   __shared__ float shared[kThreads / cuda::kWarpSize];
-  constexpr int64_t kStride = int64_t{kThreads} * N;
+  constexpr int kStride = kThreads * N;
   cuda::let_next_start();  // a product: it reads weights ahead
   cuda::wait_for_previous();
-  const int64_t row = blockIdx.x, base = row * p.width;
-  auto* residual = static_cast<T*>(p.residual) + base;
-  const T* delta = p.delta ? static_cast<const T*>(p.delta) + base : nullptr;
-  const int64_t slot = p.x_cache ? p.rows[row] : -1;
-  T* cached = slot < 0 ? nullptr : static_cast<T*>(p.x_cache) + slot * p.width;
-  const auto* weight = static_cast<const T*>(p.weight);
-  auto* out = static_cast<T*>(p.out) + base;
-  const int64_t first = int64_t{threadIdx.x} * N;
+  const Row<T, N> row(p, blockIdx.x);
+  const int first = static_cast<int>(threadIdx.x) * N, rest = first + kMaxRounds * kStride;
+  const int width = static_cast<int>(p.width);
 
-  cuda::Pack<T, N> weights[kMaxRounds];  // on their way while the sum is taken
+  // All loads before the first store: the compiler cannot know that they are of other places.
+  typename Row<T, N>::Raw sums[kMaxRounds], added[kMaxRounds], weights[kMaxRounds];
 #pragma unroll
   for (int round = 0; round < kMaxRounds; ++round) {
-    const int64_t i = first + round * kStride;
-    if (i < p.width) weights[round] = cuda::load_pack<T, N>(weight + i);
+    const int i = first + round * kStride;
+    if (i >= width) continue;
+    sums[round] = row.load(row.residual, i);
+    if (row.delta) added[round] = row.load(row.delta, i);
+    weights[round] = row.load(row.weight, i);
   }
-  float x[kMaxRounds][N], squares = 0.0f;
-  const auto add = [&](int64_t i, float* values) {
-    add_chunk<T, N>(residual + i, delta ? delta + i : nullptr, cached ? cached + i : nullptr,
-                    values);
-#pragma unroll
-    for (int n = 0; n < N; ++n) squares += values[n] * values[n];
-  };
+  float squares = 0.0f;
 #pragma unroll
   for (int round = 0; round < kMaxRounds; ++round) {
-    const int64_t i = first + round * kStride;
-    if (i < p.width) add(i, x[round]);
+    const int i = first + round * kStride;
+    if (i < width) squares += row.add(i, sums[round], added[round]);
   }
-  for (int64_t i = first + kMaxRounds * kStride; i < p.width; i += kStride) {
-    float values[N];
-    add(i, values);
+#pragma unroll 1
+  for (int i = rest; i < width; i += kStride) {
+    auto sum = row.load(row.residual, i);
+    squares += row.add(i, sum, row.delta ? row.load(row.delta, i) : sum);
   }
 
   const float mean = cuda::block_sum(squares, shared) / static_cast<float>(p.width);
   const float inverse = 1.0f / sqrtf(mean + p.eps);
 #pragma unroll
   for (int round = 0; round < kMaxRounds; ++round) {
-    const int64_t i = first + round * kStride;
-    if (i < p.width) normalise_chunk<T, N>(x[round], inverse, weights[round], out + i);
+    const int i = first + round * kStride;
+    if (i < width) row.normalise(i, sums[round], weights[round], inverse);
   }
-  for (int64_t i = first + kMaxRounds * kStride; i < p.width; i += kStride) {
-    float values[N];
-    const auto again = cuda::load_pack<T, N>(residual + i);
-#pragma unroll
-    for (int n = 0; n < N; ++n) values[n] = to_float(again.data[n]);
-    normalise_chunk<T, N>(values, inverse, cuda::load_pack<T, N>(weight + i), out + i);
+#pragma unroll 1
+  for (int i = rest; i < width; i += kStride) {
+    row.normalise(i, row.load(row.residual, i), row.load(row.weight, i), inverse);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "attention_mma.cuh"
 #include "attention_plain.cuh"
 #include "attention_wgmma.cuh"
+#include "common/tensor_map.h"
 
 namespace elastic_cache::cuda::attention {
 
@@ -14,7 +15,33 @@ constexpr float kLn2 = 0.69314718055994530942f;
 
 constexpr int kCombineWarps = 4;
 
-template <class T>
+// Four parts of kWidth elements of an item, from split `first` on. What has not been written is
+// read as well, and left out later: so nothing has to be known before.
+template <int kWidth>
+struct FourParts {
+  Pack<float, kWidth> x[4];
+
+  __device__ FourParts(const float* from, int64_t stride, int first, int num_splits) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (first + i < num_splits) x[i] = load_pack<float, kWidth>(from + (first + i) * stride);
+    }
+  }
+  // `present`: a bit a split; `weight`: of split i in thread i of the warp.
+  __device__ void add_to(float (&total)[kWidth], int first, unsigned int present,
+                         float weight) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scale = __shfl_sync(kFullWarp, weight, (first + i) % kWarpSize);
+      if (first + i >= kWarpSize || !(present >> (first + i) & 1)) continue;
+#pragma unroll
+      for (int n = 0; n < kWidth; ++n) total[n] += scale * x[i].data[n];
+    }
+  }
+};
+
+// A thread takes kWidth elements of an item at a time.
+template <class T, int kWidth>
 __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
     attention_combine_kernel(const WindowAttentionParams p, const Parts parts) {
   let_next_start();  // a product: it reads weights ahead
@@ -24,9 +51,17 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
       int64_t{blockIdx.x} * kCombineWarps + static_cast<int>(threadIdx.x) / kWarpSize;
   const int64_t num_items = p.num_rows * p.num_heads;
   if (item >= num_items) return;
+  const int dim = static_cast<int>(p.head_dim), num_splits = parts.num_splits;
+  const int64_t stride = num_items * dim;
+  const auto part = [&](int first, int element) {
+    return FourParts<kWidth>(parts.out + item * dim + min(element, dim - kWidth), stride, first,
+                             num_splits);
+  };
   float2 mine = make_float2(-INFINITY, 0.0f);
-  if (lane < parts.num_splits) mine = parts.softmax[lane * num_items + item];
-  const bool is_skipped = p.rows[item / p.num_heads] < 0;  // then nothing has been written
+  if (lane < num_splits) mine = parts.softmax[lane * num_items + item];
+  const int row = static_cast<int>(item) / static_cast<int>(p.num_heads);
+  const bool is_skipped = p.rows[row] < 0;  // then nothing has been written
+  FourParts<kWidth> ahead = part(0, lane * kWidth);
   if (is_skipped) mine = make_float2(-INFINITY, 0.0f);
   // A comparison that NaN fails, rather than fmaxf, which would hide one.
   const float top = warp_reduce(mine.x, [](float a, float b) { return a > b || a != a ? a : b; });
@@ -36,23 +71,23 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
   if (lane == 0) p.lse[item] = is_skipped ? 0.0f : (top + log2f(sum)) * kLn2;
 
   const float inverse = present == 0 ? 0.0f : 1.0f / sum;
-  const int num_pairs = static_cast<int>(p.head_dim) / 2;
-  const auto* from = reinterpret_cast<const float2*>(parts.out) + item * num_pairs;
-  T* to = static_cast<T*>(p.out) + item * p.head_dim;
-  for (int first = 0; first < num_pairs; first += kWarpSize) {
-    const int pair = first + lane;
-    float2 total = make_float2(0.0f, 0.0f);
-#pragma unroll 8
-    for (int s = 0; s < parts.num_splits; ++s) {
-      const float scale = __shfl_sync(kFullWarp, weight, s);
-      if (!(present >> s & 1) || pair >= num_pairs) continue;
-      const float2 x = from[s * num_items * num_pairs + pair];
-      total.x += scale * x.x;
-      total.y += scale * x.y;
+  for (int first = 0; first < dim; first += kWarpSize * kWidth) {
+    const int element = first + lane * kWidth;
+    float total[kWidth] = {};
+    if (first > 0) ahead = part(0, element);
+    ahead.add_to(total, 0, present, weight);
+    for (int s = 4; s < num_splits; s += 4) part(s, element).add_to(total, s, present, weight);
+    if (element >= dim) continue;
+    T* to = static_cast<T*>(p.out) + item * dim + element;
+    Pack<T, kWidth> out;
+#pragma unroll
+    for (int n = 0; n < kWidth; ++n) out.data[n] = from_float<T>(total[n] * inverse);
+    if constexpr (kWidth == 4) {
+      store_pack(to, out);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kWidth; ++n) to[n] = out.data[n];
     }
-    if (pair >= num_pairs) continue;
-    to[2 * pair] = from_float<T>(total.x * inverse);
-    to[2 * pair + 1] = from_float<T>(total.y * inverse);
   }
 }
 
@@ -69,14 +104,25 @@ void launch_wgmma(const WindowAttentionParams& p, const Parts& parts, Stream str
   const dim3 grid(blocks_for(num_lanes(p), kBlockLanes),
                   static_cast<unsigned int>(parts.num_splits),
                   static_cast<unsigned int>(p.num_kv_heads));
+  // A cache [N, Hkv, D] as [Hkv D / 64][N][64]: one copy brings a tile of a head.
+  const auto heads = static_cast<cuuint64_t>(p.num_kv_heads);
+  const auto slots = static_cast<cuuint64_t>(p.num_sequences * p.capacity);
+  const auto map = [&](const void* cache) {
+    return tensor_map<3>(kOp, cache,
+                         {wgmma::kBlockColumns, slots, heads * D / wgmma::kBlockColumns},
+                         {heads * D * sizeof(bf16), wgmma::kBlockRowBytes},
+                         {wgmma::kBlockColumns, kTileKeys, D / wgmma::kBlockColumns});
+  };
   launch_overlapping(kOp, attention_wgmma_kernel<D>, grid, kBlockThreads, stream,
-                     SharedBytes{kWgmmaBytes<D>}, p, parts);
+                     SharedBytes{kWgmmaBytes<D>}, map(p.k_cache), map(p.v_cache), p, parts);
 }
 
 template <int D>
 void launch_tensor_cores(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
   if constexpr (D % wgmma::kBlockColumns == 0) {
-    if (DeviceLimits::current().has_wgmma) return launch_wgmma<D>(p, parts, stream);
+    if (DeviceLimits::current().has_wgmma && encode_tensor_map() != nullptr) {
+      return launch_wgmma<D>(p, parts, stream);
+    }
   }
   const int64_t lanes = num_lanes(p);
   const auto launch = [&]<int M>() {
@@ -118,17 +164,22 @@ void launch_kernels(const WindowAttentionParams& p, const Parts& parts, Stream s
   } else {
     launch_tensor_cores<128>(p, parts, stream);
   }
-  launch_overlapping(kOp, attention_combine_kernel<T>,
-                     dim3(blocks_for(p.num_rows * p.num_heads, kCombineWarps)),
-                     kCombineWarps * kWarpSize, stream, p, parts);
+  const auto combine = [&]<int kWidth>() {
+    launch_overlapping(kOp, attention_combine_kernel<T, kWidth>,
+                       dim3(blocks_for(p.num_rows * p.num_heads, kCombineWarps)),
+                       kCombineWarps * kWarpSize, stream, p, parts);
+  };
+  const bool has_vectors = p.head_dim % 4 == 0 && are_vectors<T>({p.out}, {});
+  return has_vectors ? combine.template operator()<4>() : combine.template operator()<2>();
 }
 
 // Attention with p.workspace for its parts.
 inline void launch(const WindowAttentionParams& p, Stream stream) {
   Parts parts{};
   parts.num_splits = static_cast<int>(attention_splits(p.num_kv_heads, p.capacity));
-  parts.softmax = static_cast<float2*>(p.workspace);
-  parts.out = reinterpret_cast<float*>(parts.softmax + parts.num_splits * p.num_rows * p.num_heads);
+  parts.out = static_cast<float*>(p.workspace);
+  parts.softmax = reinterpret_cast<float2*>(parts.out + parts.num_splits * p.num_rows *
+                                                            p.num_heads * p.head_dim);
   with_dtype(p.dtype, [&](auto zero) { launch_kernels<decltype(zero)>(p, parts, stream); });
 }
 

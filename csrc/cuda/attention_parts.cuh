@@ -31,9 +31,7 @@ __device__ inline KeySpan split_keys(const int32_t* key_range, int sequence, int
                                      int num_splits) {
   const int first = key_range[2 * sequence], last = key_range[2 * sequence + 1];
   const int tiles = (max(last - first, 0) + kTileKeys - 1) / kTileKeys;
-  const auto tile = [&](int i) {
-    return static_cast<int>(static_cast<int64_t>(tiles) * i / num_splits);
-  };
+  const auto tile = [&](int i) { return tiles * i / num_splits; };
   return {first + tile(split) * kTileKeys, min(first + tile(split + 1) * kTileKeys, last)};
 }
 
@@ -45,7 +43,7 @@ struct LaneMap {
   int first_head;
 
   __device__ LaneMap(const WindowAttentionParams& p, int kv_head)
-      : group(static_cast<int>(p.num_heads / p.num_kv_heads)),
+      : group(static_cast<int>(p.num_heads) / static_cast<int>(p.num_kv_heads)),
         num_rows(static_cast<int>(p.num_rows)),
         num_heads(static_cast<int>(p.num_heads)),
         first_head(kv_head * group) {}

@@ -11,17 +11,16 @@ namespace elastic_cache {
 namespace {
 
 using cuda::from_float;
-using cuda::to_float;
 
 constexpr int kThreads = 256;
 
 template <class T, int N>
-__device__ cuda::Pack<T, N> load(const void* base, int64_t at) {
-  return cuda::load_pack<T, N>(static_cast<const T*>(base) + at);
+__device__ cuda::RawPack<T, N> load(const void* base, int64_t at) {
+  return cuda::load_raw<T, N>(static_cast<const T*>(base) + at);
 }
 template <class T, int N>
-__device__ void store(void* base, int64_t at, const cuda::Pack<T, N>& x) {
-  cuda::store_pack(static_cast<T*>(base) + at, x);
+__device__ void store(void* base, int64_t at, const cuda::RawPack<T, N>& x) {
+  cuda::store_raw<T, N>(static_cast<T*>(base) + at, x);
 }
 
 template <int N>
@@ -36,22 +35,26 @@ __device__ void load_floats(const float* from, float (&x)[N]) {
 }
 
 // One task of the q or k part: elements i .. i + N - 1 of both halves of a head. All loads come
-// before the first store: the compiler cannot know that they are of other places.
+// before the first store: the compiler cannot know that they are of other places. (Counts within a
+// row are int: a division of 64 bits is a function call.)
 template <class T, int N>
-__device__ void rotate_pairs(const CacheWriteParams& p, int64_t row, int64_t slot, int64_t task,
-                             int64_t num_heads, int64_t source, void* cache, void* old) {
-  const int64_t half = p.head_dim / 2, per_head = half / N;
-  const int64_t head = task / per_head, i = task % per_head * N;
-  const int64_t first = head * p.head_dim + i, width = num_heads * p.head_dim;
+__device__ void rotate_pairs(const CacheWriteParams& p, int row, int slot, int task, int num_heads,
+                             int source, void* cache, void* old) {
+  const int dim = static_cast<int>(p.head_dim), half = dim / 2, per_head = half / N;
+  const int i = task % per_head * N, first = task / per_head * dim + i;
+  const int64_t width = num_heads * dim;
   const bool is_skipped = slot < 0;
-  const int64_t at = (is_skipped ? 0 : slot) * width + first, saved = row * width + first;
+  const int64_t at = (is_skipped ? 0 : slot * width) + first, saved = row * width + first;
   const int64_t from = row * p.qkv_row_stride + source + first;
-  const float* rope = p.rope + (is_skipped ? 0 : slot % p.capacity) * p.head_dim + i;
-  float cosine[N], sine[N];
+  const int position = is_skipped ? 0 : slot % static_cast<int>(p.capacity);
+  const float* rope = p.rope + int64_t{position} * dim + i;
+  // Four elements at a time: with all eight, 128 rows would not be one wave.
+  constexpr int kPart = N < 4 ? N : 4;
+  float cosine[kPart], sine[kPart];
   load_floats(rope, cosine);
   load_floats(rope + half, sine);
-  const cuda::Pack<T, N> a = load<T, N>(p.qkv, from), b = load<T, N>(p.qkv, from + half);
-  cuda::Pack<T, N> before[2] = {};
+  const cuda::RawPack<T, N> a = load<T, N>(p.qkv, from), b = load<T, N>(p.qkv, from + half);
+  cuda::RawPack<T, N> before[2] = {};
   if (old && !is_skipped) {
     before[0] = load<T, N>(cache, at);
     before[1] = load<T, N>(cache, at + half);
@@ -64,34 +67,40 @@ __device__ void rotate_pairs(const CacheWriteParams& p, int64_t row, int64_t slo
   cuda::Pack<T, N> left, right;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const float x = to_float(a.data[n]), y = to_float(b.data[n]);
-    left.data[n] = from_float<T>(x * cosine[n] - y * sine[n]);
-    right.data[n] = from_float<T>(y * cosine[n] + x * sine[n]);
+    if (n > 0 && n % kPart == 0) {
+      load_floats(rope + n, cosine);
+      load_floats(rope + half + n, sine);
+    }
+    const float x = cuda::raw_element<T, N>(a, n), y = cuda::raw_element<T, N>(b, n);
+    left.data[n] = from_float<T>(x * cosine[n % kPart] - y * sine[n % kPart]);
+    right.data[n] = from_float<T>(y * cosine[n % kPart] + x * sine[n % kPart]);
   }
-  store<T, N>(cache, at, left);
-  store<T, N>(cache, at + half, right);
+  cuda::store_pack(static_cast<T*>(cache) + at, left);
+  cuda::store_pack(static_cast<T*>(cache) + at + half, right);
 }
 
+// Six blocks an SM: 128 rows of LLaDA-8B are one wave.
 template <class T, int N>
-__global__ void cache_write_kernel(CacheWriteParams p) {
+__global__ void __launch_bounds__(kThreads, 6) cache_write_kernel(const CacheWriteParams p) {
   cuda::wait_for_previous();
-  const int64_t row = blockIdx.x, slot = p.rows[row];
-  const int64_t half = p.head_dim / 2, q_width = p.num_heads * p.head_dim;
-  const int64_t kv_width = p.num_kv_heads * p.head_dim;
-  const int64_t num_q = p.num_heads * half / N, num_k = p.num_kv_heads * half / N;
-  int64_t task = int64_t{blockIdx.y} * kThreads + threadIdx.x;
+  const int row = static_cast<int>(blockIdx.x), slot = p.rows[row];
+  const int num_heads = static_cast<int>(p.num_heads), dim = static_cast<int>(p.head_dim);
+  const int num_kv_heads = static_cast<int>(p.num_kv_heads);
+  const int num_q = num_heads * dim / 2 / N, num_k = num_kv_heads * dim / 2 / N;
+  int task = static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x);
   if (task < num_q) {
-    rotate_pairs<T, N>(p, row, slot, task, p.num_heads, 0, p.q_cache, p.q_old);
+    rotate_pairs<T, N>(p, row, slot, task, num_heads, 0, p.q_cache, p.q_old);
     return;
   }
   task -= num_q;
   if (task < num_k) {
-    rotate_pairs<T, N>(p, row, slot, task, p.num_kv_heads, q_width, p.k_cache, p.k_old);
+    rotate_pairs<T, N>(p, row, slot, task, num_kv_heads, num_heads * dim, p.k_cache, p.k_old);
     return;
   }
   task -= num_k;
+  const int64_t kv_width = num_kv_heads * dim;
   if (slot < 0 || task >= kv_width / N) return;
-  const int64_t from = row * p.qkv_row_stride + q_width + kv_width + task * N;
+  const int64_t from = row * p.qkv_row_stride + num_heads * dim + kv_width + task * N;
   store<T, N>(p.v_cache, slot * kv_width + task * N, load<T, N>(p.qkv, from));
 }
 

@@ -11,6 +11,7 @@ namespace {
 
 WindowAttentionParams attention_of(const DriftAttentionParams& p) {
   return {.dtype = p.dtype,
+          .num_sequences = p.num_sequences,
           .num_rows = p.num_rows,
           .num_heads = p.num_heads,
           .num_kv_heads = p.num_kv_heads,

@@ -38,6 +38,7 @@ struct Sequence {
   int first_key;
   int end_key;
   int first_slot;
+  int group;             // query heads of a key/value head
   int64_t first_cached;  // of the caches' slots, this layer's and sequence's first
   int64_t first_old;     // of the rows of q_old and k_old, this layer's first
 
@@ -51,6 +52,7 @@ struct Sequence {
     first_key = p.key_range[2 * s];
     end_key = max(p.key_range[2 * s + 1], first_key);
     first_slot = s * static_cast<int>(p.capacity);
+    group = static_cast<int>(p.num_heads) / static_cast<int>(p.num_kv_heads);
     first_cached = (int64_t{layer} * p.num_sequences + s) * p.capacity;
     first_old = int64_t{layer} * p.num_old_rows;
   }

@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
   const int head = static_cast<int>(blockIdx.x), s = static_cast<int>(blockIdx.y);
   const int layer = static_cast<int>(blockIdx.z);
   const Sequence q(p, layer, s);
-  const KeyTiles<D> tiles(p, q, head / static_cast<int>(p.num_heads / p.num_kv_heads));
+  const KeyTiles<D> tiles(p, q, head / q.group);
   tiles.mark(p, q, marks);
   const Place at;
   const float factor = p.scale * kLog2E;
@@ -240,6 +240,31 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
 
 // ---- statistics ----
 
+// Of the 64 keys from position `first` on: which row of k_old each was, -1 for one that has not
+// been overwritten. Whether there is any. Contains barriers.
+__device__ inline bool find_old_rows(const DriftStatisticsParams& p, const Sequence& q, int first,
+                                     int32_t* old_rows) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kTileKeys) old_rows[thread] = -1;
+  __syncthreads();
+  bool has_found = false;
+  for (int r = q.begin + thread; r < q.end && p.k_old != nullptr; r += kNumThreads) {
+    const int position = q.position(p, r);
+    if (position < first || position >= first + kTileKeys) continue;
+    old_rows[position - first] = r;
+    has_found = true;
+  }
+  return __syncthreads_or(has_found) != 0;
+}
+
+// The sum of a block's cosines; thread 0 stores it.
+__device__ inline void store_cosines(const DriftStatisticsParams& p, const Layout& layout,
+                                     double cosines, double* reduced) {
+  const double total = block_sum(cosines, reduced);
+  const int64_t at = int64_t{blockIdx.z} * p.num_sequences + blockIdx.y;
+  if (threadIdx.x == 0) layout.cosines[at * layout.num_blocks + blockIdx.x] = total;
+}
+
 template <int D>
 struct alignas(16) StatisticsShared {
   Tile<D> keys;
@@ -260,19 +285,7 @@ class KeyBlock {
       : p_(p), layout_(layout), q_(q), layer_(layer), first_(first), sh_(sh) {}
 
   // Contains barriers.
-  __device__ void find_old_rows() {
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread < kTileKeys) sh_.old_rows[thread] = -1;
-    __syncthreads();
-    bool has_found = false;
-    for (int r = q_.begin + thread; r < q_.end && p_.k_old != nullptr; r += kNumThreads) {
-      const int position = q_.position(p_, r);
-      if (position < first_ || position >= first_ + kTileKeys) continue;
-      sh_.old_rows[position - first_] = r;
-      has_found = true;
-    }
-    has_old_ = __syncthreads_or(has_found) != 0;
-  }
+  __device__ void find_old_rows() { has_old_ = drift::find_old_rows(p_, q_, first_, sh_.old_rows); }
 
   // Mass of this thread's keys, over its rows; the cosines of its rows and keys.
   __device__ double run(float (&mass)[4]) const {
@@ -305,7 +318,7 @@ class KeyBlock {
   __device__ void copy_head(int pass, int head) const {
     constexpr int kVectors = D / 8;
     const int thread = static_cast<int>(threadIdx.x);
-    const int64_t kv_head = head / (p_.num_heads / p_.num_kv_heads);
+    const int64_t kv_head = head / q_.group;
     const int64_t stride = p_.num_kv_heads * D;
     const auto* keys = static_cast<const bf16*>(p_.k_cache);
     copy_tile<D, kNumThreads>(sh_.keys, keys + (q_.first_cached + first_) * stride + kv_head * D,
@@ -402,10 +415,7 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
       p.mass[q.first_cached + position] = is_key ? mass[i] : 0.0f;
     }
   }
-  const double total = block_sum(cosines, sh.reduced);
-  if (threadIdx.x == 0) {
-    layout.cosines[(int64_t{layer} * p.num_sequences + s) * layout.num_blocks + blockIdx.x] = total;
-  }
+  store_cosines(p, layout, cosines, sh.reduced);
 }
 
 }  // namespace elastic_cache::cuda::drift

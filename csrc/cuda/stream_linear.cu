@@ -3,11 +3,10 @@
 
 #include <algorithm>
 #include <array>
-#include <stdexcept>
-#include <string>
 
 #include "common/heuristics.h"
 #include "common/launch.h"
+#include "common/tensor_map.h"
 #include "common/vector.cuh"
 #include "stream_linear.cuh"
 
@@ -16,39 +15,6 @@ namespace {
 
 using namespace stream;
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, found without linking the driver; null where it has none.
-Encode encode_function() {
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                     &found);
-    return reinterpret_cast<Encode>(function);
-  }();
-  return encode;
-}
-
-template <size_t kRank>
-CUtensorMap tensor_map(const void* base, const std::array<cuuint64_t, kRank>& sizes,
-                       const std::array<cuuint64_t, kRank - 1>& strides,
-                       const std::array<cuuint32_t, kRank>& box) {
-  std::array<cuuint32_t, kRank> ones;
-  ones.fill(1);
-  CUtensorMap map;
-  const CUresult error =
-      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(base),
-                        sizes.data(), strides.data(), box.data(), ones.data(),
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (error != CUDA_SUCCESS) {
-    throw std::runtime_error("linear: cuTensorMapEncodeTiled failed with error " +
-                             std::to_string(error));
-  }
-  return map;
-}
-
 template <class F>
 void launch(const LinearParams& p, Stream stream) {
   const auto rows = static_cast<cuuint64_t>(p.num_rows);
@@ -56,12 +22,13 @@ void launch(const LinearParams& p, Stream stream) {
   const auto n = static_cast<cuuint64_t>(p.out_features);
   // weight [K, N] as [N / 64][K][64]: one copy brings a stage of all the blocks of a tile.
   const CUtensorMap weights = tensor_map<3>(
-      p.weight, {kBlockColumns, k, n / kBlockColumns},
+      "linear", p.weight, {kBlockColumns, k, n / kBlockColumns},
       {static_cast<cuuint64_t>(p.weight_row_stride) * sizeof(bf16), kBlockColumns * sizeof(bf16)},
       {kBlockColumns, kDepth, F::kBlocks});
   // Rows that x does not have become zero.
-  const CUtensorMap inputs = tensor_map<2>(
-      p.x, {k, rows}, {static_cast<cuuint64_t>(p.x_row_stride) * sizeof(bf16)}, {kDepth, F::kRows});
+  const CUtensorMap inputs =
+      tensor_map<2>("linear", p.x, {k, rows},
+                    {static_cast<cuuint64_t>(p.x_row_stride) * sizeof(bf16)}, {kDepth, F::kRows});
   const auto num_tiles = static_cast<int>(blocks_for(p.out_features, F::kBlocks * kBlockColumns));
   const int num_blocks =
       F::kSplits > 1 ? num_tiles * F::kSplits : std::min(num_tiles, kStreamBlocks);
@@ -87,7 +54,7 @@ void launch_rows(const LinearParams& p, Stream stream) {
 }
 
 bool has_form(const LinearParams& p) {
-  return DeviceLimits::current().has_wgmma && encode_function() != nullptr &&
+  return DeviceLimits::current().has_wgmma && encode_tensor_map() != nullptr &&
          p.dtype == DType::kBFloat16 && p.bias == nullptr && p.num_rows > 0 &&
          p.num_rows <= kMaxRows && p.in_features > 0 && p.out_features > 0 &&
          are_vectors<bf16>({p.x, p.weight, p.out}, {p.x_row_stride, p.weight_row_stride}) &&

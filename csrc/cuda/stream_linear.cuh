@@ -266,31 +266,40 @@ __device__ inline void leave_part(const Work<F>& work, const float (&c)[F::kColu
   }
 }
 
-// The sum of all parts in the order of k.
-template <class F>
-__device__ inline void add_parts(const Work<F>& work, int group, float (&sum)[4]) {
-  load_from(part_address(work, group), 0, sum);
-#pragma unroll
-  for (int split = 1; split < F::kSplits; ++split) {
-    float part[4];
-    load_from(part_address(work, group), split, part);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += part[i];
-  }
-}
-
-// Of the tile's pairs of column groups every kSplits-th.
+// Sums of all parts, in the order of k, of every kSplits-th of the tile's pairs of column groups.
+// The block arrives at the cluster's barrier between its last question and the stores after it:
+// the barrier waits for answers, and would for stores.
 template <class F>
 __device__ inline void store_sums(const Work<F>& work, const Problem& p) {
-  if (!has_rows<F>()) return;
+  constexpr int kPairs = F::kColumnGroups / 2, kMine = (kPairs + F::kSplits - 1) / F::kSplits;
+  // Pairs asked for before the first is added: an answer takes a microsecond, but those of 128 rows
+  // are too many at a time.
+  constexpr int kTogether = F::kConsumers > kGroupThreads ? 1 : kMine;
 #pragma unroll
-  for (int i = 0; i < F::kColumnGroups; i += 2 * F::kSplits) {
-    const int group = i + 2 * work.split;
-    if (group >= F::kColumnGroups) break;
-    float left[4], right[4];
-    add_parts(work, group, left);
-    add_parts(work, group + 1, right);
-    store_columns(p, work.first_tile * F::kBlocks * kBlockColumns + group * 8, left, right);
+  for (int first = 0; first < kMine; first += kTogether) {
+    float parts[kTogether][F::kSplits][2][4] = {};
+#pragma unroll
+    for (int i = 0; i < kTogether && has_rows<F>(); ++i) {
+      const int pair = min((first + i) * F::kSplits + work.split, kPairs - 1);
+#pragma unroll
+      for (int split = 0; split < F::kSplits; ++split) {
+        load_from(part_address(work, 2 * pair), split, parts[i][split][0]);
+        load_from(part_address(work, 2 * pair + 1), split, parts[i][split][1]);
+      }
+    }
+    if (first + kTogether >= kMine) arrive_cluster();
+#pragma unroll
+    for (int i = 0; i < kTogether && has_rows<F>(); ++i) {
+      const int pair = (first + i) * F::kSplits + work.split;
+      if (pair >= kPairs) break;
+      float (&sum)[2][4] = parts[i][0];
+#pragma unroll
+      for (int split = 1; split < F::kSplits; ++split) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) sum[n / 4][n % 4] += parts[i][split][n / 4][n % 4];
+      }
+      store_columns(p, work.first_tile * F::kBlocks * kBlockColumns + pair * 16, sum[0], sum[1]);
+    }
   }
 }
 
@@ -310,13 +319,6 @@ __device__ void consume(const Work<F>& work, const Problem& p) {
       store_tile<F>(p, tile, c);
     }
   }
-}
-
-// A cluster's barrier takes whole warps: the lanes of a copying warp meet before it.
-__device__ inline void meet_cluster() {
-  __syncwarp();
-  arrive_cluster();
-  wait_cluster();
 }
 
 #endif
@@ -346,9 +348,14 @@ __global__ void __launch_bounds__(F::kThreads, 1)
     consume(work, p);
   }
   if constexpr (F::kSplits > 1) {
-    // The first is the consumers' wait for the parts; after the second no block reads another's.
-    if (thread >= F::kConsumers) meet_cluster();
-    meet_cluster();
+    // As the consumers do: first the parts are there, then no block needs another's any more.
+    if (thread >= F::kConsumers) {
+      __syncwarp();
+      arrive_cluster();
+      wait_cluster();
+      arrive_cluster();
+    }
+    wait_cluster();
   }
 #endif
 }

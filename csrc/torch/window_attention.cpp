@@ -29,6 +29,7 @@ void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor
   check.indices("rows", rows, slots);
   check.key_range(key_range, capacity);
   const WindowAttentionParams params{.dtype = check.dtype(),
+                                     .num_sequences = key_range.size(0),
                                      .num_rows = num_rows,
                                      .num_heads = heads,
                                      .num_kv_heads = kv_heads,

@@ -103,7 +103,7 @@ Op make_op(const Shape& shape, int num_sequences, int num_rows, int capacity) {
   a.head_dim = d.head_dim = shape.dim;
   a.capacity = d.capacity = capacity;
   a.scale = d.scale = 1 / std::sqrt(static_cast<float>(shape.dim));
-  d.num_sequences = num_sequences;
+  a.num_sequences = d.num_sequences = num_sequences;
   return op;
 }
 

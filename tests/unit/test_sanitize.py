@@ -79,9 +79,7 @@ def test_exit_status(
     status: int,
     expected: int,
 ) -> None:
-    for name, log in zip(
-        ("planted-overrun", "operator-tests", "attention-probe"), logs, strict=True
-    ):
+    for name, log in zip(("planted-overrun", "swiglu", "attention-probe"), logs, strict=True):
         (tmp_path / name).write_text(log)
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
@@ -95,5 +93,5 @@ def test_exit_status(
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: str(tool))
     monkeypatch.setattr(sanitize, "why_not", lambda sanitizer: None)
     monkeypatch.setattr(sanitize, "collect", lambda: [])
-    monkeypatch.setattr(sanitize, "choose", lambda tests: ["one"])
+    monkeypatch.setattr(sanitize, "choose", lambda tests: ["tests/ops/test_swiglu.py::one"])
     assert main(["--tools", "memcheck", "--probe", str(tool)]) == expected

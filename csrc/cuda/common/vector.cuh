@@ -57,6 +57,24 @@ __device__ inline void store_pack(T* p, const Pack<T, N>& x) {
   *reinterpret_cast<Pack<T, N>*>(p) = x;
 }
 
+// A pack as it lies in memory: taken apart, its bfloat16 are twice as many registers. For packs
+// that are kept for long.
+template <class T, int N>
+using RawPack = std::conditional_t<sizeof(Pack<T, N>) == 16, uint4, Pack<T, N>>;
+
+template <class T, int N>
+__device__ inline RawPack<T, N> load_raw(const T* p) {
+  return *reinterpret_cast<const RawPack<T, N>*>(p);
+}
+template <class T, int N>
+__device__ inline void store_raw(T* p, const RawPack<T, N>& x) {
+  *reinterpret_cast<RawPack<T, N>*>(p) = x;
+}
+template <class T, int N>
+__device__ inline float raw_element(const RawPack<T, N>& x, int n) {
+  return to_float(reinterpret_cast<const Pack<T, N>&>(x).data[n]);
+}
+
 // Whether arrays (null ones aside) can be accessed kVectorSize<T> elements at a time, given the
 // lengths and strides that must then be multiples of it.
 template <class T>

@@ -22,6 +22,18 @@ __device__ __forceinline__ uint32_t swizzled(int row, int column, int block_byte
                                piece * 16);
 }
 
+// kRows rows of kColumns elements, as products want them.
+template <int kRows, int kColumns>
+struct alignas(1024) Rows {
+  static constexpr int kBlockBytes = kRows * kBlockRowBytes;
+  static_assert(kRows % 8 == 0 && kColumns % kBlockColumns == 0);
+  unsigned char bytes[kColumns / kBlockColumns * kBlockBytes];
+
+  __device__ unsigned char* at(int row, int column) {
+    return bytes + swizzled(row, column, kBlockBytes);
+  }
+};
+
 // Describes an operand from a shared address on; blocks of 64 columns are kBlockBytes apart.
 template <int kBlockBytes>
 __device__ __forceinline__ uint64_t operand(uint32_t shared) {
@@ -29,6 +41,16 @@ __device__ __forceinline__ uint64_t operand(uint32_t shared) {
   constexpr uint64_t kGroupBytes = uint64_t{1024 >> 4} << 32;
   constexpr uint64_t kBlocks = uint64_t{kBlockBytes >> 4} << 16;
   return kSwizzle128 | kGroupBytes | kBlocks | ((shared & 0x3FFFF) >> 4);
+}
+
+// A warpgroup leaves itself kCount registers a thread, or waits until it can have as many.
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 // What this thread wrote to shared memory becomes visible to products after the next barrier.
@@ -84,6 +106,10 @@ __device__ __forceinline__ void end(float (&c)[N][4]) {
       ELASTIC_CACHE_REGISTERS_4((c)[2]), ELASTIC_CACHE_REGISTERS_4((c)[3])
 
 // "%0, %1, ..." for so many registers.
+#define ELASTIC_CACHE_LIST_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define ELASTIC_CACHE_LIST_24 \
+  ELASTIC_CACHE_LIST_8        \
+  ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
 #define ELASTIC_CACHE_LIST_32                                              \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -166,9 +192,39 @@ __device__ __forceinline__ void multiply(float (&c)[kGroups][4], uint64_t a, uin
   }
 }
 
+// c = keep c + a b^T, keep 0 or 1: a [64][16] and b [8 kGroups][16] in shared memory, their rows
+// those of blocks.
+template <int kGroups>
+__device__ __forceinline__ void multiply_transposed(float (&c)[kGroups][4], uint64_t a, uint64_t b,
+                                                    int keep) {
+  static_assert(kGroups == 2 || kGroups == 6);
+  if constexpr (kGroups == 2) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        "{" ELASTIC_CACHE_LIST_8
+        "}, "
+        "%8, %9, p, 1, 1, 0, 0;\n}"
+        : ELASTIC_CACHE_REGISTERS_4(c[0]), ELASTIC_CACHE_REGISTERS_4(c[1])
+        : "l"(a), "l"(b), "r"(keep));
+  } else {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %26, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+        "{" ELASTIC_CACHE_LIST_24
+        "}, "
+        "%24, %25, p, 1, 1, 0, 0;\n}"
+        : ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_4(c[4]),
+          ELASTIC_CACHE_REGISTERS_4(c[5])
+        : "l"(a), "l"(b), "r"(keep));
+  }
+}
+
 #undef ELASTIC_CACHE_LIST_96
 #undef ELASTIC_CACHE_LIST_64
 #undef ELASTIC_CACHE_LIST_32
+#undef ELASTIC_CACHE_LIST_24
+#undef ELASTIC_CACHE_LIST_8
 #undef ELASTIC_CACHE_REGISTERS_16
 #undef ELASTIC_CACHE_REGISTERS_4
 

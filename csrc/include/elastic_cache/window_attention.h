@@ -10,6 +10,7 @@ namespace elastic_cache {
 
 struct WindowAttentionParams {
   DType dtype;
+  int64_t num_sequences;  // S
   int64_t num_rows;      // R
   int64_t num_heads;     // H
   int64_t num_kv_heads;  // Hkv

@@ -6,7 +6,7 @@
 
 namespace elastic_cache::cuda {
 
-// Keys of an attention tile. Four tiles of K and V at head_dim 128 are 139 KB: all bytes a block
+// Keys of an attention tile. Four tiles of K and V at head_dim 128 are 128 KB: all bytes a block
 // needs at 1024 keys and 32 heads are then on their way at once [c].
 inline constexpr int kTileKeys = 64;
 

@@ -1,5 +1,5 @@
 // Barriers in shared memory, tensor copies and clusters (compute capability 9.0): the few PTX
-// instructions that stream_linear.cuh uses.
+// instructions that kernels for it use.
 #pragma once
 
 #include <cuda.h>

@@ -104,14 +104,8 @@ void launch_wgmma(const WindowAttentionParams& p, const Parts& parts, Stream str
   const dim3 grid(blocks_for(num_lanes(p), kBlockLanes),
                   static_cast<unsigned int>(parts.num_splits),
                   static_cast<unsigned int>(p.num_kv_heads));
-  // A cache [N, Hkv, D] as [Hkv D / 64][N][64]: one copy brings a tile of a head.
-  const auto heads = static_cast<cuuint64_t>(p.num_kv_heads);
-  const auto slots = static_cast<cuuint64_t>(p.num_sequences * p.capacity);
   const auto map = [&](const void* cache) {
-    return tensor_map<3>(kOp, cache,
-                         {wgmma::kBlockColumns, slots, heads * D / wgmma::kBlockColumns},
-                         {heads * D * sizeof(bf16), wgmma::kBlockRowBytes},
-                         {wgmma::kBlockColumns, kTileKeys, D / wgmma::kBlockColumns});
+    return cache_map<D>(kOp, cache, p.num_sequences * p.capacity, p.num_kv_heads);
   };
   launch_overlapping(kOp, attention_wgmma_kernel<D>, grid, kBlockThreads, stream,
                      SharedBytes{kWgmmaBytes<D>}, map(p.k_cache), map(p.v_cache), p, parts);
@@ -120,9 +114,7 @@ void launch_wgmma(const WindowAttentionParams& p, const Parts& parts, Stream str
 template <int D>
 void launch_tensor_cores(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
   if constexpr (D % wgmma::kBlockColumns == 0) {
-    if (DeviceLimits::current().has_wgmma && encode_tensor_map() != nullptr) {
-      return launch_wgmma<D>(p, parts, stream);
-    }
+    if (has_cache_map(p.num_sequences * p.capacity)) return launch_wgmma<D>(p, parts, stream);
   }
   const int64_t lanes = num_lanes(p);
   const auto launch = [&]<int M>() {

@@ -8,7 +8,6 @@
 #include "elastic_cache/drift_statistics.h"
 
 #include <algorithm>
-#include <climits>
 
 #include "common/tensor_map.h"
 #include "drift_plain.cuh"
@@ -67,25 +66,6 @@ __global__ void similarity_kernel(const DriftStatisticsParams p, const Layout la
 
 constexpr const char* kOp = "drift_statistics";
 
-bool has_wgmma_form(const DriftStatisticsParams& p) {
-  const int64_t num_slots = p.num_layers * p.num_sequences * p.capacity;
-  return cuda::DeviceLimits::current().has_wgmma && cuda::encode_tensor_map() != nullptr &&
-         num_slots > 0 && num_slots <= INT_MAX;
-}
-
-template <int D>
-void launch_wgmma(const DriftStatisticsParams& p, const Layout& layout, dim3 grid, Stream stream) {
-  // k_cache [L, N, Hkv, D] as [Hkv D / 64][L N][64]: one copy brings the keys of a head.
-  constexpr cuuint64_t kColumns = cuda::wgmma::kBlockColumns;
-  const auto slots = static_cast<cuuint64_t>(p.num_layers * p.num_sequences * p.capacity);
-  const auto width = static_cast<cuuint64_t>(p.num_kv_heads) * D;
-  const CUtensorMap keys = cuda::tensor_map<3>(kOp, p.k_cache, {kColumns, slots, width / kColumns},
-                                               {width * sizeof(bf16), cuda::wgmma::kBlockRowBytes},
-                                               {kColumns, kTileKeys, D / kColumns});
-  cuda::launch_overlapping(kOp, statistics_wgmma_kernel<D>, grid, kNumThreads, stream,
-                           cuda::SharedBytes{kWgmmaStatisticsBytes<D>}, keys, p, layout);
-}
-
 template <int D>
 void launch_tensor_cores(const DriftStatisticsParams& p, const Layout& layout, dim3 grid,
                          Stream stream) {
@@ -95,7 +75,14 @@ void launch_tensor_cores(const DriftStatisticsParams& p, const Layout& layout, d
       kOp, log_sum_kernel<D>, dim3(static_cast<unsigned int>(p.num_heads), grid.y, grid.z),
       kNumThreads, stream, cuda::SharedBytes{sizeof(LogSumShared<D>) + marks}, p, layout);
   if constexpr (D % cuda::wgmma::kBlockColumns == 0) {
-    if (has_wgmma_form(p)) return launch_wgmma<D>(p, layout, grid, stream);
+    const int64_t num_slots = p.num_layers * p.num_sequences * p.capacity;
+    if (cuda::has_cache_map(num_slots)) {
+      cuda::launch_overlapping(kOp, statistics_wgmma_kernel<D>, grid, kNumThreads, stream,
+                               cuda::SharedBytes{kWgmmaStatisticsBytes<D>},
+                               cuda::cache_map<D>(kOp, p.k_cache, num_slots, p.num_kv_heads), p,
+                               layout);
+      return;
+    }
   }
   cuda::launch_overlapping(kOp, statistics_kernel<D>, grid, kNumThreads, stream,
                            cuda::SharedBytes{sizeof(StatisticsShared<D>)}, p, layout);

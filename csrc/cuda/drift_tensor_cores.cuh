@@ -51,10 +51,10 @@ __device__ inline void find_queries(const DriftStatisticsParams& p, const Sequen
   }
 }
 
-// Starts copying the queries of a head; zeros where there is none.
-template <int D>
+// Starts copying the queries of a head, to `to(lane, column)`; zeros where there is none.
+template <int D, class To>
 __device__ inline void copy_queries(const DriftStatisticsParams& p, const bf16* const* from,
-                                    int head, Queries<D>& queries) {
+                                    int head, const To& to) {
   constexpr int kVectors = D / 8, kCount = kLanes * kVectors;
 #pragma unroll
   for (int i = 0; i < (kCount + kNumThreads - 1) / kNumThreads; ++i) {
@@ -63,7 +63,7 @@ __device__ inline void copy_queries(const DriftStatisticsParams& p, const bf16* 
     const int lane = at / kVectors, column = at % kVectors * 8;
     const bf16* query = from[lane];
     const bool is_valid = query != nullptr;
-    copy_async(&queries[lane][column],
+    copy_async(to(lane, column),
                is_valid ? query + head * D + column : static_cast<const bf16*>(p.q_cache),
                is_valid);
   }
@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
   for (int pass = 0; pass < num_passes; ++pass) {
     find_queries(p, Sequence(p, layer, s), pass, sh.from);  // anew: saves registers
     __syncthreads();
-    copy_queries<D>(p, sh.from, head, sh.queries);
+    copy_queries<D>(p, sh.from, head,
+                    [&](int lane, int column) { return &sh.queries[lane][column]; });
     commit_copies();
     for (int tile = 0; tile < kKeyStages - 1; ++tile) {
       tiles.copy(tile, sh.keys);
@@ -257,6 +258,29 @@ __device__ inline bool find_old_rows(const DriftStatisticsParams& p, const Seque
   return __syncthreads_or(has_found) != 0;
 }
 
+// Starts copying a head's keys of a block as they were, to `to(key, column)`; only those that were
+// overwritten.
+template <int D, class To>
+__device__ inline void copy_old_keys(const DriftStatisticsParams& p, const Sequence& q,
+                                     int64_t kv_head, const int32_t* old_rows, const To& to) {
+  constexpr int kVectors = D / 8;
+  const auto* old_keys = static_cast<const bf16*>(p.k_old) + kv_head * D;
+  const int64_t stride = p.num_kv_heads * D;
+#pragma unroll
+  for (int i = 0; i < kTileKeys * kVectors / kNumThreads; ++i) {
+    const int at = i * kNumThreads + static_cast<int>(threadIdx.x);
+    const int key = at / kVectors, column = at % kVectors * 8, row = old_rows[key];
+    if (row < 0) continue;
+    copy_async(to(key, column), old_keys + (q.first_old + row) * stride + column, true);
+  }
+}
+
+// Starts copying the log-sum-exps of a pass's lanes.
+__device__ inline void copy_log_sums(const float* from, float* to) {
+  const int at = static_cast<int>(threadIdx.x) * 4;
+  if (at < kLanes) copy_async(to + at, from + at, true);
+}
+
 // The sum of a block's cosines; thread 0 stores it.
 __device__ inline void store_cosines(const DriftStatisticsParams& p, const Layout& layout,
                                      double cosines, double* reduced) {
@@ -282,10 +306,13 @@ class KeyBlock {
  public:
   __device__ KeyBlock(const DriftStatisticsParams& p, const Layout& layout, const Sequence& q,
                       int layer, int first, StatisticsShared<D>& sh)
-      : p_(p), layout_(layout), q_(q), layer_(layer), first_(first), sh_(sh) {}
-
-  // Contains barriers.
-  __device__ void find_old_rows() { has_old_ = drift::find_old_rows(p_, q_, first_, sh_.old_rows); }
+      : p_(p),
+        layout_(layout),
+        q_(q),
+        layer_(layer),
+        first_(first),
+        sh_(sh),
+        has_old_(find_old_rows(p, q, first, sh.old_rows)) {}
 
   // Mass of this thread's keys, over its rows; the cosines of its rows and keys.
   __device__ double run(float (&mass)[4]) const {
@@ -316,25 +343,18 @@ class KeyBlock {
 
   // Starts copying what the 48 lanes of a head need.
   __device__ void copy_head(int pass, int head) const {
-    constexpr int kVectors = D / 8;
-    const int thread = static_cast<int>(threadIdx.x);
     const int64_t kv_head = head / q_.group;
     const int64_t stride = p_.num_kv_heads * D;
     const auto* keys = static_cast<const bf16*>(p_.k_cache);
     copy_tile<D, kNumThreads>(sh_.keys, keys + (q_.first_cached + first_) * stride + kv_head * D,
                               stride, q_.end_key - first_);
-    const auto* old_keys = static_cast<const bf16*>(p_.k_old);
-#pragma unroll
-    for (int i = 0; i < kTileKeys * kVectors / kNumThreads && has_old_; ++i) {
-      const int at = i * kNumThreads + thread, key = at / kVectors, column = at % kVectors * 8;
-      const int row = sh_.old_rows[key];
-      if (row < 0) continue;
-      copy_async(&sh_.old_keys[key][column],
-                 old_keys + (q_.first_old + row) * stride + kv_head * D + column, true);
+    if (has_old_) {
+      copy_old_keys<D>(p_, q_, kv_head, sh_.old_rows,
+                       [&](int key, int column) { return &sh_.old_keys[key][column]; });
     }
-    copy_queries<D>(p_, sh_.from, head, sh_.queries);
-    const float* lse = layout_.lse + lse_index(p_, layout_, layer_, q_.index, pass, head);
-    if (thread < kLanes / 4) copy_async(&sh_.lse[thread * 4], lse + thread * 4, true);
+    copy_queries<D>(p_, sh_.from, head,
+                    [&](int lane, int column) { return &sh_.queries[lane][column]; });
+    copy_log_sums(layout_.lse + lse_index(p_, layout_, layer_, q_.index, pass, head), sh_.lse);
   }
 
   __device__ void add_head(float (&mass)[4], Products (&products)[2][4]) const {
@@ -381,8 +401,8 @@ class KeyBlock {
   const Sequence& q_;
   int layer_;
   int first_;
-  bool has_old_ = false;  // whether any of the keys was overwritten
   StatisticsShared<D>& sh_;
+  bool has_old_;  // whether any of the keys was overwritten
 };
 
 // blockIdx = (key / 64, sequence, layer).
@@ -398,8 +418,7 @@ __global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
   float mass[4] = {};
   double cosines = 0.0;
   if (max(first, q.first_key) < min(first + kTileKeys, q.end_key)) {
-    KeyBlock<D> keys(p, layout, q, layer, first, sh);
-    keys.find_old_rows();
+    const KeyBlock<D> keys(p, layout, q, layer, first, sh);
     cosines = keys.run(mass);
   }
   const Place at;

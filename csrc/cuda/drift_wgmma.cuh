@@ -88,43 +88,22 @@ class WgmmaKeyBlock {
 
   // Starts copying what the 48 lanes of a head need.
   __device__ void copy_head(int pass, int head) const {
-    constexpr int kVectors = D / 8;
-    const int thread = static_cast<int>(threadIdx.x);
     const int kv_head = head / q_.group;
-    if (thread == 0) {
+    if (threadIdx.x == 0) {
       const uint32_t barrier = shared_address(&sh_.has_keys);
       expect_bytes(barrier, sizeof(sh_.keys));
       copy_box(shared_address(&sh_.keys), key_map_, barrier, 0,
                static_cast<int>(q_.first_cached) + first_, kv_head * (D / wgmma::kBlockColumns),
                evict_first_policy());
     }
-#pragma unroll
-    for (int i = 0; i < kLanes * kVectors / kNumThreads; ++i) {
-      const int at = i * kNumThreads + thread, lane = at / kVectors, column = at % kVectors * 8;
-      const bf16* query = sh_.from[lane];
-      const bool is_valid = query != nullptr;
-      copy_async(sh_.queries.at(lane, column),
-                 is_valid ? query + head * D + column : static_cast<const bf16*>(p_.q_cache),
-                 is_valid);
+    copy_queries<D>(p_, sh_.from, head,
+                    [&](int lane, int column) { return sh_.queries.at(lane, column); });
+    if (has_old_) {
+      copy_old_keys<D>(p_, q_, kv_head, sh_.old_rows,
+                       [&](int key, int column) { return sh_.old_keys.at(key, column); });
     }
-    if (has_old_) copy_old_keys(kv_head);
-    const float* lse = layout_.lse + lse_index(p_, layout_, layer_, q_.index, pass, head);
-    if (thread < kLanes / 4) copy_async(&sh_.lse[thread * 4], lse + thread * 4, true);
+    copy_log_sums(layout_.lse + lse_index(p_, layout_, layer_, q_.index, pass, head), sh_.lse);
     commit_copies();
-  }
-
-  __device__ void copy_old_keys(int kv_head) const {
-    constexpr int kVectors = D / 8;
-    const auto* old_keys = static_cast<const bf16*>(p_.k_old) + kv_head * D;
-    const int64_t stride = p_.num_kv_heads * D;
-#pragma unroll
-    for (int i = 0; i < kTileKeys * kVectors / kNumThreads; ++i) {
-      const int at = i * kNumThreads + static_cast<int>(threadIdx.x);
-      const int key = at / kVectors, column = at % kVectors * 8, row = sh_.old_rows[key];
-      if (row < 0) continue;
-      copy_async(sh_.old_keys.at(key, column), old_keys + (q_.first_old + row) * stride + column,
-                 true);
-    }
   }
 
   // The scores of all lanes; old ones see overwritten keys as they were.

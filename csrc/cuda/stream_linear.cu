@@ -54,8 +54,7 @@ void launch_rows(const LinearParams& p, Stream stream) {
 }
 
 bool has_form(const LinearParams& p) {
-  return DeviceLimits::current().has_wgmma && encode_tensor_map() != nullptr &&
-         p.dtype == DType::kBFloat16 && p.bias == nullptr && p.num_rows > 0 &&
+  return has_tensor_maps() && p.dtype == DType::kBFloat16 && p.bias == nullptr && p.num_rows > 0 &&
          p.num_rows <= kMaxRows && p.in_features > 0 && p.out_features > 0 &&
          are_vectors<bf16>({p.x, p.weight, p.out}, {p.x_row_stride, p.weight_row_stride}) &&
          p.in_features % kDepth == 0 && p.out_features % kBlockColumns == 0;

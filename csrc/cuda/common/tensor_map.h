@@ -5,8 +5,13 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <climits>
 #include <stdexcept>
 #include <string>
+
+#include "common/heuristics.h"
+#include "common/launch.h"
+#include "common/wgmma.cuh"
 
 namespace elastic_cache::cuda {
 
@@ -44,6 +49,28 @@ CUtensorMap tensor_map(const char* op, const void* base, const std::array<cuuint
                              std::to_string(error));
   }
   return map;
+}
+
+// Whether the current device has the copy engine and products that the maps are for.
+inline bool has_tensor_maps() {
+  return DeviceLimits::current().has_wgmma && encode_tensor_map() != nullptr;
+}
+
+// Whether it can copy tiles of a cache: the engine counts slots in 32 bits, and from one on.
+inline bool has_cache_map(int64_t num_slots) {
+  return has_tensor_maps() && num_slots > 0 && num_slots <= INT_MAX;
+}
+
+// A cache [num_slots, num_kv_heads, D] as [num_kv_heads D / 64][num_slots][64]: one copy brings
+// kTileKeys keys of a head.
+template <int D>
+CUtensorMap cache_map(const char* op, const void* cache, int64_t num_slots, int64_t num_kv_heads) {
+  constexpr cuuint64_t kColumns = wgmma::kBlockColumns;
+  const auto slots = static_cast<cuuint64_t>(num_slots);
+  const auto width = static_cast<cuuint64_t>(num_kv_heads) * D;
+  return tensor_map<3>(op, cache, {kColumns, slots, width / kColumns},
+                       {width * sizeof(__nv_bfloat16), wgmma::kBlockRowBytes},
+                       {kColumns, kTileKeys, D / kColumns});
 }
 
 }  // namespace elastic_cache::cuda

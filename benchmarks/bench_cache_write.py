@@ -35,7 +35,7 @@ def make_case(
 
     return Case(
         f"{num_rows} rows, {heads}/{kv_heads} heads of {head_dim}",
-        native=lambda: ops.cache_write(qkv, rows, rope, capacity, *caches, *old),
+        native=lambda: ops.cache_write(qkv, rows, rope, capacity, None, *caches, *old),
         plain=plain,
         num_bytes=2 * num_bytes(qkv, *old) + num_bytes(rope[:num_rows], rows),
     )

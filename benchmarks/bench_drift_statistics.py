@@ -31,6 +31,8 @@ def make_case(
     q_old, k_old = (data.normal(layers, num_rows, heads, head_dim) for _ in range(2))
     rows, key_range = data.slots(num_rows, num_keys), data.int32([[0, num_keys]])
     segments, slots = data.int32([[0, tracked, committed, window, 0]]), rows.long()
+    scores = scale * torch.einsum("lrhd,lkhd->lrhk", q[:, rows.long()], k).float()
+    lse = scores.logsumexp(-1)
     mass = data.normal(layers, 1, num_keys, dtype=torch.float32)
     similarity = data.normal(layers, 1, dtype=torch.float64)
 
@@ -50,7 +52,7 @@ def make_case(
     return Case(
         f"{layers} layers, {tracked}+{window} rows, {num_keys} keys, {heads} x {head_dim}",
         native=lambda: ops.drift_statistics(
-            q, k, q_old, k_old, rows, segments, key_range, scale, mass, similarity
+            q, k, q_old, k_old, lse, rows, segments, key_range, scale, mass, similarity
         ),
         plain=plain,
         num_bytes=num_bytes(k, mass, similarity),

@@ -28,7 +28,7 @@ def make_case(data: Data, num_rows: int) -> Case:
     def fused() -> None:
         for w in weights:
             ops.project_qkv(
-                *(residual, delta, norm, 1e-5, w, None, rows, rope, capacity, x_cache),
+                *(residual, delta, norm, 1e-5, w, None, rows, rope, capacity, None, x_cache),
                 *(*caches, *old, hidden, qkv),
             )
 
@@ -36,7 +36,7 @@ def make_case(data: Data, num_rows: int) -> Case:
         for w in weights:
             ops.add_rms_norm(residual, delta, norm, 1e-5, hidden, rows, x_cache)
             ops.linear(hidden, w, None, qkv)
-            ops.cache_write(qkv, rows, rope, capacity, *caches, *old)
+            ops.cache_write(qkv, rows, rope, capacity, None, *caches, *old)
 
     flops = 2 * num_rows * width * 3 * width * num_layers
     return Case(f"{num_rows} rows, {num_layers} layers", fused, parts, num_bytes(*weights), flops)

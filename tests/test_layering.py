@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runner",),
     ("decoding",),
     ("forward",),
+    ("buffers",),
     ("cache",),
     ("models",),
     ("state",),

@@ -1,4 +1,5 @@
-// drift_attention without the attention, a layer after the other.
+// drift_attention without the attention, a layer after the other. Its one sweep over the keys finds
+// the log-sum-exps as well, so p.lse is not read.
 #include "elastic_cache/drift_statistics.h"
 
 #include "common.h"

@@ -79,6 +79,14 @@ __device__ void rotate_pairs(const CacheWriteParams& p, int row, int slot, int t
   cuda::store_pack(static_cast<T*>(cache) + at + half, right);
 }
 
+__device__ bool is_query_saved(const CacheWriteParams& p, int row, int slot) {
+  if (p.segments == nullptr) return true;
+  if (slot < 0) return false;
+  const int32_t* segment = p.segments + slot / static_cast<int>(p.capacity) * kSegmentColumns;
+  const int rank = row - segment[kSegmentBegin];
+  return rank >= 0 && rank < segment[kSegmentTracked];
+}
+
 // Six blocks an SM: 128 rows of LLaDA-8B are one wave.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 6) cache_write_kernel(const CacheWriteParams p) {
@@ -89,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, 6) cache_write_kernel(const CacheWri
   const int num_q = num_heads * dim / 2 / N, num_k = num_kv_heads * dim / 2 / N;
   int task = static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x);
   if (task < num_q) {
-    rotate_pairs<T, N>(p, row, slot, task, num_heads, 0, p.q_cache, p.q_old);
+    void* old = is_query_saved(p, row, slot) ? p.q_old : nullptr;
+    rotate_pairs<T, N>(p, row, slot, task, num_heads, 0, p.q_cache, old);
     return;
   }
   task -= num_q;

@@ -43,6 +43,7 @@ DriftStatisticsParams statistics_of(const DriftAttentionParams& p) {
           .k_cache = p.k_cache,
           .q_old = p.q_old,
           .k_old = p.k_old,
+          .lse = p.lse,
           .rows = p.rows,
           .segments = p.segments,
           .key_range = p.key_range,

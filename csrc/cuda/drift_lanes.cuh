@@ -40,7 +40,7 @@ struct Sequence {
   int first_slot;
   int group;             // query heads of a key/value head
   int64_t first_cached;  // of the caches' slots, this layer's and sequence's first
-  int64_t first_old;     // of the rows of q_old and k_old, this layer's first
+  int64_t first_old;     // of the rows of q_old, k_old and lse, this layer's first
 
   __device__ Sequence(const DriftStatisticsParams& p, int layer, int s) : index(s) {
     const int32_t* segment = p.segments + s * kSegmentColumns;
@@ -77,6 +77,12 @@ struct Sequence {
     return lane < kOldLanes ? first_cached + position(p, row) : first_old + row;
   }
 };
+
+// The log-sum-exp of a present lane, to base 2, as window_attention gave it.
+__device__ inline float given_log_sum(const DriftStatisticsParams& p, const Sequence& q, int row,
+                                      int head) {
+  return row < 0 ? INFINITY : p.lse[(q.first_old + row) * p.num_heads + head] * kLog2E;
+}
 
 __device__ inline int64_t lse_index(const DriftStatisticsParams& p, const Layout& layout, int layer,
                                     int sequence, int pass, int head) {

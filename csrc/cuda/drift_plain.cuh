@@ -67,9 +67,10 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpSize)
   const int pass = item / kLanes / static_cast<int>(p.num_heads);
   if (pass >= q.num_passes()) return;
   const int row = q.row(p, pass, lane);
+  const bool is_given = lane < kOldLanes && p.lse != nullptr;
   const Keys<T> keys{p, q};
   Softmax all;
-  if (row >= 0) {
+  if (row >= 0 && !is_given) {
     const T* query = query_of<T>(p, q, lane, row, head);
     for (int key = q.first_key; key < q.end_key; ++key) {
       const int old_row = lane < kOldLanes ? -1 : keys.overwriting(key);
@@ -78,7 +79,9 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpSize)
   }
   if (threadIdx.x % kWarpSize == 0) {
     layout.lse[lse_index(p, layout, layer, s, pass, head) + lane] =
-        row < 0 ? INFINITY : all.log_sum();
+        is_given  ? given_log_sum(p, q, row, head)
+        : row < 0 ? INFINITY
+                  : all.log_sum();
   }
 }
 

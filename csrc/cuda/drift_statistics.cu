@@ -1,6 +1,7 @@
 // Column mass of the window rows and the cosine over heads, old against new, of some layers at
 // once:
-//   log_sum     log-sum-exp of every lane (drift_lanes.cuh says what that is)
+//   log_sum     log-sum-exp of every lane (drift_lanes.cuh says what that is), unless attention has
+//               given it
 //   statistics  K once more, now with the log-sum-exps: weights, their sums and products over heads
 //   similarity  adds the blocks' sums of cosines in order
 // Reading K twice costs less than keeping the scores of one pass: those are as many bytes, to write
@@ -71,9 +72,11 @@ void launch_tensor_cores(const DriftStatisticsParams& p, const Layout& layout, d
                          Stream stream) {
   const int64_t tiles = 2 + p.capacity / kTileKeys + p.num_rows / kTileKeys;
   const size_t marks = static_cast<size_t>(tiles) * kTileWords * sizeof(uint32_t);
-  cuda::launch_overlapping(
-      kOp, log_sum_kernel<D>, dim3(static_cast<unsigned int>(p.num_heads), grid.y, grid.z),
-      kNumThreads, stream, cuda::SharedBytes{sizeof(LogSumShared<D>) + marks}, p, layout);
+  const int64_t num_kinds = p.lse != nullptr ? 1 : kLanes / kPassRows;
+  cuda::launch_overlapping(kOp, log_sum_kernel<D>,
+                           dim3(static_cast<unsigned int>(num_kinds * p.num_heads), grid.y, grid.z),
+                           kNumThreads, stream, cuda::SharedBytes{sizeof(LogSumShared<D>) + marks},
+                           p, layout);
   if constexpr (D % cuda::wgmma::kBlockColumns == 0) {
     const int64_t num_slots = p.num_layers * p.num_sequences * p.capacity;
     if (cuda::has_cache_map(num_slots)) {

@@ -1,8 +1,11 @@
-// drift_statistics on tensor cores, D = head_dim. Both kernels read K once and multiply a tile of
-// 64 keys with the 48 lanes of a pass, four warps with 16 keys each:
-//   log_sum     a block takes a head and runs over the keys
-//   statistics  a block takes 64 keys and runs over the heads, so that mass and cosines grow in
-//               registers; nothing is copied ahead, the other blocks of the SM fill the time
+// drift_statistics on tensor cores, D = head_dim. Both kernels multiply a tile of 64 keys with
+// lanes of a pass, four warps with 16 keys each:
+//   log_sum     a block takes a head and 16 lanes of a kind and runs over the keys; where
+//               window_attention's sums are given, the old kind alone
+//   statistics  a block takes 64 keys and all lanes and runs over the heads, so that mass and
+//   cosines
+//               grow in registers
+// Nothing is copied ahead: the other blocks of the SM fill the time.
 // The subtle thing: old lanes see overwritten keys as they were. The first kernel leaves those out
 // of the tiles of the cache and takes k_old as further tiles; in the second a thread's address of a
 // key fragment's row points into k_old's tile instead.
@@ -28,8 +31,8 @@ static_assert(kKeysPerWarp == 16, "a warp's scores are two B fragments wide");
 // and 56 KB.
 constexpr int kBlocksPerSm = 4;
 
-template <int D>
-using Queries = bf16[kLanes][D + kRowPad];
+template <int D, int kNumLanes = kLanes>
+using Queries = bf16[kNumLanes][D + kRowPad];
 
 // A thread's place in the fragments of its warp's products: rows `row` and `row` + 8 of 16 lanes,
 // keys key(0) .. key(3) of the tile.
@@ -51,16 +54,17 @@ __device__ inline void find_queries(const DriftStatisticsParams& p, const Sequen
   }
 }
 
-// Starts copying the queries of a head, to `to(lane, column)`; zeros where there is none.
-template <int D, class To>
+// Starts copying a head's queries of kNumLanes lanes from `first` on, to `to(lane, column)`; zeros
+// where there is none.
+template <int D, int kNumLanes, class To>
 __device__ inline void copy_queries(const DriftStatisticsParams& p, const bf16* const* from,
-                                    int head, const To& to) {
-  constexpr int kVectors = D / 8, kCount = kLanes * kVectors;
+                                    int head, int first, const To& to) {
+  constexpr int kVectors = D / 8, kCount = kNumLanes * kVectors;
 #pragma unroll
   for (int i = 0; i < (kCount + kNumThreads - 1) / kNumThreads; ++i) {
     const int at = i * kNumThreads + static_cast<int>(threadIdx.x);
     if (kCount % kNumThreads != 0 && at >= kCount) break;
-    const int lane = at / kVectors, column = at % kVectors * 8;
+    const int lane = first + at / kVectors, column = at % kVectors * 8;
     const bf16* query = from[lane];
     const bool is_valid = query != nullptr;
     copy_async(to(lane, column),
@@ -71,25 +75,19 @@ __device__ inline void copy_queries(const DriftStatisticsParams& p, const bf16* 
 
 // ---- log_sum ----
 
-constexpr int kKeyStages = 2;
+constexpr int kLogSumLanes = kPassRows;
+// Small blocks, eight an SM (at 32 heads and layers one wave), fill each other's waiting.
+constexpr int kLogSumBlocksPerSm = 8;
 constexpr int kTileWords = kTileKeys / 32;  // of the marks
 
-template <int D>
-struct alignas(16) LogSumShared {
-  Tile<D> keys[kKeyStages];
-  Queries<D> queries;
-  const bf16* from[kLanes];
-  Softmax parts[kNumWarps][kLanes];
-};
-
-// The tiles a head's lanes run over: those of the cache, then those of k_old.
+// The tiles a head's lanes of a kind run over: those of the cache and, for old ones, of k_old.
 template <int D>
 class KeyTiles {
  public:
-  __device__ KeyTiles(const DriftStatisticsParams& p, const Sequence& q, int kv_head)
+  __device__ KeyTiles(const DriftStatisticsParams& p, const Sequence& q, int kv_head, bool is_old)
       : stride_(static_cast<int>(p.num_kv_heads) * D),
         num_keys_(q.end_key - q.first_key),
-        num_rows_(q.num_tracked > 0 ? q.end - q.begin : 0),
+        num_rows_(is_old && q.num_tracked > 0 ? q.end - q.begin : 0),
         num_cached_((num_keys_ + kTileKeys - 1) / kTileKeys),
         count_(num_cached_ + (num_rows_ + kTileKeys - 1) / kTileKeys),
         keys_(static_cast<const bf16*>(p.k_cache) + (q.first_cached + q.first_key) * stride_ +
@@ -97,15 +95,13 @@ class KeyTiles {
         old_(static_cast<const bf16*>(p.k_old) + (q.first_old + q.begin) * stride_ + kv_head * D) {}
 
   __device__ int count() const { return count_; }
-  __device__ void copy(int tile, Tile<D> (&stages)[kKeyStages]) const {
-    if (tile >= count_) return;
+  __device__ void copy(int tile, Tile<D>& to) const {
     const bool is_cached = tile < num_cached_;
     const int first = (is_cached ? tile : tile - num_cached_) * kTileKeys;
-    copy_tile<D, kNumThreads>(stages[tile % kKeyStages],
-                              (is_cached ? keys_ : old_) + int64_t{first} * stride_, stride_,
+    copy_tile<D, kNumThreads>(to, (is_cached ? keys_ : old_) + int64_t{first} * stride_, stride_,
                               (is_cached ? num_keys_ : num_rows_) - first);
   }
-  // A bit a key of all tiles: whether old lanes see it. Contains barriers.
+  // A bit a key of all tiles: whether the lanes see it. Contains barriers.
   __device__ void mark(const DriftStatisticsParams& p, const Sequence& q, uint32_t* marks) const {
     const int thread = static_cast<int>(threadIdx.x);
     for (int i = thread; i < count_ * kTileWords; i += kNumThreads) {
@@ -122,12 +118,6 @@ class KeyTiles {
     }
     __syncthreads();
   }
-  __device__ bool is_seen_by_new(int tile, int key) const {
-    return key < num_keys_ - tile * kTileKeys;
-  }
-  __device__ bool is_seen_by_old(const uint32_t* marks, int tile, int key) const {
-    return (marks[tile * kTileWords + key / 32] >> key % 32 & 1) != 0;
-  }
 
  private:
   int stride_;
@@ -139,103 +129,115 @@ class KeyTiles {
   const bf16* old_;
 };
 
-// What this thread's keys give the lanes of a pass.
-struct LogSumState {
-  Softmax seen[kLanes / 16][2];
+template <int D>
+struct alignas(16) LogSumShared {
+  KeyTiles<D> tiles;  // here, as registers are few
+  alignas(16) Tile<D> keys;
+  alignas(16) Queries<D, kLogSumLanes> queries;
+  const bf16* from[kLanes];
+  Softmax parts[kNumWarps][kLogSumLanes];
+};
 
-  // A tile's scores, and which of the keys present and old lanes see.
-  __device__ void add(const Scores<kLanes>& score, const bool (&by_new)[4], const bool (&by_old)[4],
-                      float factor) {
+// What this thread's keys give its two lanes.
+struct LogSumState {
+  Softmax seen[2];
+
+  // A tile's scores, and the marks of its keys from this thread's first on.
+  __device__ void add(const Scores<kLogSumLanes>& score, uint32_t marks, float factor) {
 #pragma unroll
-    for (int m = 0; m < kLanes / 16; ++m) {
+    for (int half = 0; half < 2; ++half) {
+      Softmax& mine = seen[half];
+      float x[4], top = mine.top;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Softmax& mine = seen[m][half];
-        float x[4], top = mine.top;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const bool is_seen = m == kOldLanes / 16 ? by_old[i] : by_new[i];
-          x[i] = is_seen ? score[m][i / 2][half * 2 + i % 2] * factor : -INFINITY;
-          top = fmaxf(top, x[i]);
-        }
-        if (top == -INFINITY) continue;
-        mine.sum *= exp2_flush(mine.top - top);
-        mine.top = top;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) mine.sum += exp2_flush(x[i] - top);
+      for (int i = 0; i < 4; ++i) {
+        const bool is_seen = (marks >> (i / 2 * 8 + i % 2) & 1) != 0;
+        x[i] = is_seen ? score[0][i / 2][half * 2 + i % 2] * factor : -INFINITY;
+        top = fmaxf(top, x[i]);
       }
+      if (top == -INFINITY) continue;
+      mine.sum *= exp2_flush(mine.top - top);
+      mine.top = top;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mine.sum += exp2_flush(x[i] - top);
     }
   }
 };
 
-// Over the block's keys -> log-sum-exp of a pass's lanes. Contains barriers.
-template <int D>
-__device__ inline void write_log_sums(const Place& at, LogSumState& state, LogSumShared<D>& sh,
-                                      float* lse) {
+// Over the block's keys -> log-sum-exp of its lanes, `from` and `lse` those of them. Contains
+// barriers.
+__device__ inline void write_log_sums(const Place& at, LogSumState& state,
+                                      Softmax (&parts)[kNumWarps][kLogSumLanes],
+                                      const bf16* const* from, float* lse) {
 #pragma unroll
-  for (int m = 0; m < kLanes / 16; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Softmax& mine = state.seen[m][half];
-      mine.add_lane(1);
-      mine.add_lane(2);
-      if (at.lane % 4 == 0) sh.parts[at.warp][m * 16 + half * 8 + at.row] = mine;
-    }
+  for (int half = 0; half < 2; ++half) {
+    Softmax& mine = state.seen[half];
+    mine.add_lane(1);
+    mine.add_lane(2);
+    if (at.lane % 4 == 0) parts[at.warp][half * 8 + at.row] = mine;
   }
   __syncthreads();
-  for (int lane = static_cast<int>(threadIdx.x); lane < kLanes; lane += kNumThreads) {
-    Softmax all = sh.parts[0][lane];
-    for (int warp = 1; warp < kNumWarps; ++warp) all.add(sh.parts[warp][lane]);
-    lse[lane] = sh.from[lane] == nullptr ? INFINITY : all.log_sum();
+  if (const int i = static_cast<int>(threadIdx.x); i < kLogSumLanes) {
+    Softmax all = parts[0][i];
+    for (int warp = 1; warp < kNumWarps; ++warp) all.add(parts[warp][i]);
+    lse[i] = from[i] == nullptr ? INFINITY : all.log_sum();
   }
   __syncthreads();
 }
 
-// blockIdx = (head, sequence, layer).
+// The first lane of the kind whose sums a block computes, its blockIdx.x / heads. Given are those
+// of the other kinds, or none.
+__device__ inline int log_sum_lane(const DriftStatisticsParams& p, int kind) {
+  return p.lse != nullptr ? kOldLanes : kind * kPassRows;
+}
+
+// blockIdx = (kind * heads + head, sequence, layer).
 template <int D>
-__global__ void __launch_bounds__(kNumThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kNumThreads, kLogSumBlocksPerSm)
     log_sum_kernel(const DriftStatisticsParams p, const Layout layout) {
   extern __shared__ __align__(16) unsigned char memory[];
   auto& sh = *reinterpret_cast<LogSumShared<D>*>(memory);
   auto* marks = reinterpret_cast<uint32_t*>(memory + sizeof(LogSumShared<D>));
   wait_for_previous();
-  const int head = static_cast<int>(blockIdx.x), s = static_cast<int>(blockIdx.y);
-  const int layer = static_cast<int>(blockIdx.z);
+  const int num_heads = static_cast<int>(p.num_heads);
+  const int head = static_cast<int>(blockIdx.x) % num_heads;
+  const int first = log_sum_lane(p, static_cast<int>(blockIdx.x) / num_heads);
+  const int s = static_cast<int>(blockIdx.y), layer = static_cast<int>(blockIdx.z);
   const Sequence q(p, layer, s);
-  const KeyTiles<D> tiles(p, q, head / q.group);
+  const KeyTiles<D>& tiles = sh.tiles;
+  if (threadIdx.x == 0) sh.tiles = KeyTiles<D>(p, q, head / q.group, first == kOldLanes);
+  __syncthreads();
   tiles.mark(p, q, marks);
   const Place at;
-  const float factor = p.scale * kLog2E;
   const int num_passes = q.num_passes();
   for (int pass = 0; pass < num_passes; ++pass) {
-    find_queries(p, Sequence(p, layer, s), pass, sh.from);  // anew: saves registers
+    const Sequence rows(p, layer, s);  // anew: saves registers
+    find_queries(p, rows, pass, sh.from);
+    if (const int lane = static_cast<int>(threadIdx.x); p.lse != nullptr && lane < kOldLanes) {
+      layout.lse[lse_index(p, layout, layer, s, pass, head) + lane] =
+          given_log_sum(p, rows, rows.row(p, pass, lane), head);
+    }
     __syncthreads();
-    copy_queries<D>(p, sh.from, head,
-                    [&](int lane, int column) { return &sh.queries[lane][column]; });
-    commit_copies();
-    for (int tile = 0; tile < kKeyStages - 1; ++tile) {
+    copy_queries<D, kLogSumLanes>(p, sh.from, head, first, [&](int lane, int column) {
+      return &sh.queries[lane - first][column];
+    });
+    LogSumState state;
+    const int num_rows = first == kWindowLanes ? rows.num_window : rows.num_tracked;
+    const int num_tiles = pass * kPassRows < num_rows ? tiles.count() : 0;
+    for (int tile = 0; tile < num_tiles; ++tile) {
       tiles.copy(tile, sh.keys);
       commit_copies();
-    }
-    LogSumState state;
-    for (int tile = 0; tile < tiles.count(); ++tile) {
-      tiles.copy(tile + kKeyStages - 1, sh.keys);
-      commit_copies();
-      wait_copies<kKeyStages - 1>();
+      wait_copies<0>();
       __syncthreads();
-      const Tile<D>& keys = sh.keys[tile % kKeyStages];
-      Scores<kLanes> score;
-      score_tile<D, kLanes>(&keys[at.warp * kKeysPerWarp + b_row()][b_column()], sh.queries, score);
-      bool by_new[4], by_old[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        by_new[i] = tiles.is_seen_by_new(tile, at.key(i));
-        by_old[i] = tiles.is_seen_by_old(marks, tile, at.key(i));
-      }
-      state.add(score, by_new, by_old, factor);
-      __syncthreads();  // the stage is free
+      Scores<kLogSumLanes> score;
+      score_tile<D, kLogSumLanes>(&sh.keys[at.warp * kKeysPerWarp + b_row()][b_column()],
+                                  sh.queries, score);
+      state.add(score, marks[tile * kTileWords + at.key(0) / 32] >> at.key(0) % 32,
+                p.scale * kLog2E);
+      __syncthreads();  // the buffer is free
     }
-    write_log_sums<D>(at, state, sh, layout.lse + lse_index(p, layout, layer, s, pass, head));
+    wait_copies<0>();
+    write_log_sums(at, state, sh.parts, sh.from + first,
+                   layout.lse + lse_index(p, layout, layer, s, pass, head) + first);
   }
 }
 
@@ -352,8 +354,8 @@ class KeyBlock {
       copy_old_keys<D>(p_, q_, kv_head, sh_.old_rows,
                        [&](int key, int column) { return &sh_.old_keys[key][column]; });
     }
-    copy_queries<D>(p_, sh_.from, head,
-                    [&](int lane, int column) { return &sh_.queries[lane][column]; });
+    copy_queries<D, kLanes>(p_, sh_.from, head, 0,
+                            [&](int lane, int column) { return &sh_.queries[lane][column]; });
     copy_log_sums(layout_.lse + lse_index(p_, layout_, layer_, q_.index, pass, head), sh_.lse);
   }
 

@@ -96,8 +96,8 @@ class WgmmaKeyBlock {
                static_cast<int>(q_.first_cached) + first_, kv_head * (D / wgmma::kBlockColumns),
                evict_first_policy());
     }
-    copy_queries<D>(p_, sh_.from, head,
-                    [&](int lane, int column) { return sh_.queries.at(lane, column); });
+    copy_queries<D, kLanes>(p_, sh_.from, head, 0,
+                            [&](int lane, int column) { return sh_.queries.at(lane, column); });
     if (has_old_) {
       copy_old_keys<D>(p_, q_, kv_head, sh_.old_rows,
                        [&](int key, int column) { return sh_.old_keys.at(key, column); });

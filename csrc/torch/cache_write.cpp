@@ -9,11 +9,13 @@
 namespace elastic_cache::ops {
 
 void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int64_t capacity,
-                 const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
-                 const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old) {
+                 const std::optional<Tensor>& segments, const Tensor& q_cache,
+                 const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& q_old,
+                 const std::optional<Tensor>& k_old) {
   const Checks check("cache_write", {{"qkv", qkv, Type::kModel, Memory::kRows},
                                      {"rows", rows, Type::kInt32},
                                      {"rope", rope, Type::kFloat32},
+                                     {"segments", segments, Type::kInt32},
                                      {"q_cache", q_cache, Type::kModel},
                                      {"k_cache", k_cache, Type::kModel},
                                      {"v_cache", v_cache, Type::kModel},
@@ -29,11 +31,14 @@ void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int6
   check.shape("q_old", q_old, {{"rows", num_rows}, {"heads", heads}, {"head_dim", head_dim}});
   check.shape("k_old", k_old, {{"rows", num_rows}, {"kv_heads", kv_heads}, {"head_dim", head_dim}});
   check.rope(head_dim, slots, capacity, rope.size(0));
+  check.shape("segments", segments,
+              {{"sequences", slots / capacity}, {"segment columns", kSegmentColumns}});
 
   check.indices("rows", rows, slots);
+  if (segments) check.segments(*segments, num_rows, true);
   ELASTIC_CACHE_LAUNCH(cache_write, q_cache,
-                       cache_write_params(check.dtype(), qkv, rows, rope, capacity, q_cache,
-                                          k_cache, v_cache, q_old, k_old));
+                       cache_write_params(check.dtype(), qkv, rows, rope, capacity, segments,
+                                          q_cache, k_cache, v_cache, q_old, k_old));
 }
 
 }  // namespace elastic_cache::ops

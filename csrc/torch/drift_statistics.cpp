@@ -8,31 +8,39 @@
 namespace elastic_cache::ops {
 namespace {
 
-// Rows between the layers of q_old and k_old.
+// Rows between the layers of q_old, k_old and lse.
 int64_t check_old(const Checks& check, const std::optional<Tensor>& q_old,
-                  const std::optional<Tensor>& k_old, const DriftStatisticsParams& p) {
-  const auto check_one = [&](const char* name, const std::optional<Tensor>& x, Dim rows,
-                             Dim heads) {
-    check.shape(name, x, {{"layers", p.num_layers}, rows, heads, {"head_dim", p.head_dim}});
+                  const std::optional<Tensor>& k_old, const std::optional<Tensor>& lse,
+                  const DriftStatisticsParams& p) {
+  int64_t num_rows = kAnySize;  // until one says
+  const auto check_rows = [&](const char* name, const std::optional<Tensor>& x) {
     check.that(!x || x->size(1) >= p.num_rows, name, " must have a row for each of ", p.num_rows,
                " rows, got ", x ? x->size(1) : 0);
+    if (x) num_rows = x->size(1);
   };
-  check_one("q_old", q_old, {"rows"}, {"heads", p.num_heads});
-  const int64_t num_rows = q_old ? q_old->size(1) : p.num_rows;
-  check_one("k_old", k_old, {"rows", q_old ? num_rows : kAnySize}, {"kv_heads", p.num_kv_heads});
-  return num_rows;
+  const Dim layers{"layers", p.num_layers}, heads{"heads", p.num_heads};
+  const Dim head_dim{"head_dim", p.head_dim};
+  check.shape("q_old", q_old, {layers, {"rows", num_rows}, heads, head_dim});
+  check_rows("q_old", q_old);
+  check.shape("k_old", k_old, {layers, {"rows", num_rows}, {"kv_heads", p.num_kv_heads}, head_dim});
+  check_rows("k_old", k_old);
+  check.shape("lse", lse, {layers, {"rows", num_rows}, heads});
+  check_rows("lse", lse);
+  return num_rows == kAnySize ? p.num_rows : num_rows;
 }
 
 }  // namespace
 
 void drift_statistics(const Tensor& q_cache, const Tensor& k_cache,
                       const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,
-                      const Tensor& rows, const Tensor& segments, const Tensor& key_range,
-                      double scale, const Tensor& mass, const Tensor& similarity) {
+                      const std::optional<Tensor>& lse, const Tensor& rows, const Tensor& segments,
+                      const Tensor& key_range, double scale, const Tensor& mass,
+                      const Tensor& similarity) {
   const Checks check("drift_statistics", {{"q_cache", q_cache, Type::kModel},
                                           {"k_cache", k_cache, Type::kModel},
                                           {"q_old", q_old, Type::kModel},
                                           {"k_old", k_old, Type::kModel},
+                                          {"lse", lse, Type::kFloat32},
                                           {"rows", rows, Type::kInt32},
                                           {"segments", segments, Type::kInt32},
                                           {"key_range", key_range, Type::kInt32},
@@ -64,12 +72,13 @@ void drift_statistics(const Tensor& q_cache, const Tensor& k_cache,
                                .k_cache = input<void>(k_cache),
                                .q_old = input<void>(q_old),
                                .k_old = input<void>(k_old),
+                               .lse = input<float>(lse),
                                .rows = input<int32_t>(rows),
                                .segments = input<int32_t>(segments),
                                .key_range = input<int32_t>(key_range),
                                .mass = output<float>(mass),
                                .similarity = output<double>(similarity)};
-  params.num_old_rows = check_old(check, q_old, k_old, params);
+  params.num_old_rows = check_old(check, q_old, k_old, lse, params);
   check.indices("rows", rows, slots);
   check.key_range(key_range, capacity);
   check.segments(segments, params.num_rows, q_old && k_old);

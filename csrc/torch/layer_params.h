@@ -43,12 +43,10 @@ inline AddRmsNormParams norm_params(DType dtype, const Tensor& residual, const v
           .out = output<void>(out)};
 }
 
-inline CacheWriteParams cache_write_params(DType dtype, const Tensor& qkv, const Tensor& rows,
-                                           const Tensor& rope, int64_t capacity,
-                                           const Tensor& q_cache, const Tensor& k_cache,
-                                           const Tensor& v_cache,
-                                           const std::optional<Tensor>& q_old,
-                                           const std::optional<Tensor>& k_old) {
+inline CacheWriteParams cache_write_params(
+    DType dtype, const Tensor& qkv, const Tensor& rows, const Tensor& rope, int64_t capacity,
+    const std::optional<Tensor>& segments, const Tensor& q_cache, const Tensor& k_cache,
+    const Tensor& v_cache, const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old) {
   return {.dtype = dtype,
           .num_rows = rows.size(0),
           .num_heads = q_cache.size(1),
@@ -59,6 +57,7 @@ inline CacheWriteParams cache_write_params(DType dtype, const Tensor& qkv, const
           .qkv = input<void>(qkv),
           .rows = input<int32_t>(rows),
           .rope = input<float>(rope),
+          .segments = input<int32_t>(segments),
           .q_cache = output<void>(q_cache),
           .k_cache = output<void>(k_cache),
           .v_cache = output<void>(v_cache),

@@ -14,8 +14,9 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
       "refresh_rows(Tensor first_full_layer, Tensor key_range, int layer, int capacity, "
       "Tensor(a!) rows, Tensor(b!) offsets) -> ()");
   m.def(
-      "cache_write(Tensor qkv, Tensor rows, Tensor rope, int capacity, Tensor(a!) q_cache, "
-      "Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor(d!)? q_old, Tensor(e!)? k_old) -> ()");
+      "cache_write(Tensor qkv, Tensor rows, Tensor rope, int capacity, Tensor? segments, "
+      "Tensor(a!) q_cache, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor(d!)? q_old, Tensor(e!)? "
+      "k_old) -> ()");
   m.def(
       "window_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor rows, "
       "Tensor key_range, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
@@ -24,9 +25,9 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
       "Tensor? k_old, Tensor rows, Tensor segments, Tensor key_range, float scale, "
       "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) mass, Tensor(d!) similarity) -> ()");
   m.def(
-      "drift_statistics(Tensor q_cache, Tensor k_cache, Tensor? q_old, Tensor? k_old, Tensor rows, "
-      "Tensor segments, Tensor key_range, float scale, Tensor(a!) mass, Tensor(b!) similarity) -> "
-      "()");
+      "drift_statistics(Tensor q_cache, Tensor k_cache, Tensor? q_old, Tensor? k_old, Tensor? lse, "
+      "Tensor rows, Tensor segments, Tensor key_range, float scale, Tensor(a!) mass, "
+      "Tensor(b!) similarity) -> ()");
   m.def(
       "drift_decision(Tensor similarity, Tensor gamma, Tensor mass, Tensor masked, "
       "Tensor key_range, int layer, Tensor(a!) first_full_layer, Tensor(b!) tracked) -> ()");
@@ -37,7 +38,7 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
   m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
       "project_qkv(Tensor(a!) residual, Tensor? delta, Tensor norm_weight, float eps, "
-      "Tensor weight, Tensor? bias, Tensor rows, Tensor rope, int capacity, "
+      "Tensor weight, Tensor? bias, Tensor rows, Tensor rope, int capacity, Tensor? segments, "
       "Tensor(b!)? x_cache, Tensor(c!) q_cache, Tensor(d!) k_cache, Tensor(e!) v_cache, "
       "Tensor(f!)? q_old, Tensor(g!)? k_old, Tensor(h!) hidden, Tensor(i!) qkv) -> ()");
   m.def(

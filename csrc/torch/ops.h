@@ -18,8 +18,9 @@ void refresh_rows(const Tensor& first_full_layer, const Tensor& key_range, int64
                   int64_t capacity, const Tensor& rows, const Tensor& offsets);
 
 void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int64_t capacity,
-                 const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
-                 const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old);
+                 const std::optional<Tensor>& segments, const Tensor& q_cache,
+                 const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& q_old,
+                 const std::optional<Tensor>& k_old);
 
 void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
                       const Tensor& rows, const Tensor& key_range, double scale, const Tensor& out,
@@ -33,8 +34,9 @@ void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor&
 
 void drift_statistics(const Tensor& q_cache, const Tensor& k_cache,
                       const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,
-                      const Tensor& rows, const Tensor& segments, const Tensor& key_range,
-                      double scale, const Tensor& mass, const Tensor& similarity);
+                      const std::optional<Tensor>& lse, const Tensor& rows, const Tensor& segments,
+                      const Tensor& key_range, double scale, const Tensor& mass,
+                      const Tensor& similarity);
 
 void drift_decision(const Tensor& similarity, const Tensor& gamma, const Tensor& mass,
                     const Tensor& masked, const Tensor& key_range, int64_t layer,
@@ -52,8 +54,9 @@ void swiglu(const Tensor& gate_up, const Tensor& out);
 void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
                  const Tensor& norm_weight, double eps, const Tensor& weight,
                  const std::optional<Tensor>& bias, const Tensor& rows, const Tensor& rope,
-                 int64_t capacity, const std::optional<Tensor>& x_cache, const Tensor& q_cache,
-                 const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& q_old,
+                 int64_t capacity, const std::optional<Tensor>& segments,
+                 const std::optional<Tensor>& x_cache, const Tensor& q_cache, const Tensor& k_cache,
+                 const Tensor& v_cache, const std::optional<Tensor>& q_old,
                  const std::optional<Tensor>& k_old, const Tensor& hidden, const Tensor& qkv);
 
 void output_mlp(const Tensor& attention, const Tensor& out_weight, const Tensor& residual,

@@ -10,8 +10,9 @@ namespace elastic_cache::ops {
 void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
                  const Tensor& norm_weight, double eps, const Tensor& weight,
                  const std::optional<Tensor>& bias, const Tensor& rows, const Tensor& rope,
-                 int64_t capacity, const std::optional<Tensor>& x_cache, const Tensor& q_cache,
-                 const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& q_old,
+                 int64_t capacity, const std::optional<Tensor>& segments,
+                 const std::optional<Tensor>& x_cache, const Tensor& q_cache, const Tensor& k_cache,
+                 const Tensor& v_cache, const std::optional<Tensor>& q_old,
                  const std::optional<Tensor>& k_old, const Tensor& hidden, const Tensor& qkv) {
   const Checks check("project_qkv", {{"residual", residual, Type::kModel},
                                      {"delta", delta, Type::kModel},
@@ -20,6 +21,7 @@ void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
                                      {"bias", bias, Type::kModel},
                                      {"rows", rows, Type::kInt32},
                                      {"rope", rope, Type::kFloat32},
+                                     {"segments", segments, Type::kInt32},
                                      {"x_cache", x_cache, Type::kModel},
                                      {"q_cache", q_cache, Type::kModel},
                                      {"k_cache", k_cache, Type::kModel},
@@ -47,21 +49,24 @@ void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
   check.shape("hidden", hidden, {row_count, width});
   check.shape("qkv", qkv, {row_count, qkv_width});
   check.rope(head_dim.size, slots.size, capacity, rope.size(0));
+  check.shape("segments", segments,
+              {{"sequences", slots.size / capacity}, {"segment columns", kSegmentColumns}});
 
   if (!residual.is_cpu()) {  // a product stands between two kernels
     add_rms_norm(residual, delta, norm_weight, eps, hidden,
                  x_cache ? std::optional<Tensor>(rows) : std::nullopt, x_cache);
     layer_linear(check.dtype(), hidden, weight, bias, qkv);
-    cache_write(qkv, rows, rope, capacity, q_cache, k_cache, v_cache, q_old, k_old);
+    cache_write(qkv, rows, rope, capacity, segments, q_cache, k_cache, v_cache, q_old, k_old);
     return;
   }
   check.indices("rows", rows, slots.size);
+  if (segments) check.segments(*segments, row_count.size, true);
   const DType dtype = check.dtype();
   project_qkv_cpu({.norm = norm_params(dtype, residual, input<void>(delta), norm_weight, eps,
                                        hidden, input<int32_t>(rows), output<void>(x_cache)),
                    .linear = linear_params(dtype, hidden, weight, input<void>(bias), qkv),
-                   .write = cache_write_params(dtype, qkv, rows, rope, capacity, q_cache, k_cache,
-                                               v_cache, q_old, k_old)});
+                   .write = cache_write_params(dtype, qkv, rows, rope, capacity, segments, q_cache,
+                                               k_cache, v_cache, q_old, k_old)});
 }
 
 }  // namespace elastic_cache::ops

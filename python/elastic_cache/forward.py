@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from elastic_cache import ops
+from elastic_cache.buffers import OverwrittenRows, Workspace
 from elastic_cache.cache import Cache
 from elastic_cache.models.weights import Model
 from elastic_cache.state import DecodeState, DriftTest
@@ -33,80 +34,6 @@ class LayerMatrices:
     mlp_norm: torch.Tensor
     gate_up: torch.Tensor
     down: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Buffers for R rows; views of one allocation per request."""
-
-    residual: torch.Tensor  # [R, d]
-    hidden: torch.Tensor  # [R, d]
-    delta: torch.Tensor  # [R, d]
-    qkv: torch.Tensor  # [R, (H + 2 Hkv) * D]
-    attention: torch.Tensor  # [R, H, D]
-    attention_flat: torch.Tensor  # [R, H * D], a view of `attention`
-    lse: torch.Tensor  # float32 [R, H]
-    gate_up: torch.Tensor  # [R, 2F]
-    activation: torch.Tensor  # [R, F]
-    q_old: torch.Tensor  # [R, H, D]
-    k_old: torch.Tensor  # [R, Hkv, D]
-
-    @classmethod
-    def allocate(cls, model: Model, num_rows: int, device: torch.device) -> Workspace:
-        c = model.config
-        shapes = dict(
-            residual=(c.hidden_size,),
-            hidden=(c.hidden_size,),
-            delta=(c.hidden_size,),
-            qkv=((c.num_heads + 2 * c.num_kv_heads) * c.head_dim,),
-            attention=(c.num_heads, c.head_dim),
-            lse=(c.num_heads,),
-            gate_up=(2 * c.intermediate_size,),
-            activation=(c.intermediate_size,),
-            q_old=(c.num_heads, c.head_dim),
-            k_old=(c.num_kv_heads, c.head_dim),
-        )
-        buffers = {
-            name: torch.empty(
-                (num_rows, *shape),
-                device=device,
-                dtype=torch.float32 if name == "lse" else model.dtype,
-            )
-            for name, shape in shapes.items()
-        }
-        return cls(**buffers, attention_flat=buffers["attention"].flatten(1))
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.nbytes for name, t in vars(self).items() if name != "attention_flat")
-
-    def rows(self, num_rows: int) -> Workspace:
-        """The same buffers cut to their first `num_rows` rows."""
-        return Workspace(**{name: buffer[:num_rows] for name, buffer in vars(self).items()})
-
-
-@dataclass(frozen=True)
-class OverwrittenRows:
-    """What R rows overwrite in the caches of all layers, kept until the drift test of the pass."""
-
-    q: torch.Tensor  # [L, R, H, D]
-    k: torch.Tensor  # [L, R, Hkv, D]
-
-    @classmethod
-    def allocate(cls, model: Model, num_rows: int, device: torch.device) -> OverwrittenRows:
-        c = model.config
-        return cls(
-            *(
-                torch.empty(
-                    c.num_layers, num_rows, heads, c.head_dim, device=device, dtype=model.dtype
-                )
-                for heads in (c.num_heads, c.num_kv_heads)
-            )
-        )
-
-    @property
-    def num_bytes(self) -> int:
-        return self.q.nbytes + self.k.nbytes
 
 
 class Forward:
@@ -169,15 +96,14 @@ class Forward:
             if verdict is not None and max(verdict.tolist()) <= index:
                 self._store_input(index, rows, work)
                 return False
-            q_old = k_old = None
+            q_old, k_old, lse = None, None, work.lse
             if overwritten is not None:
-                q_old = overwritten.q[index, : len(rows)]
-                k_old = overwritten.k[index, : len(rows)]
+                q_old, k_old, lse = (x[index, : len(rows)] for x in vars(overwritten).values())
             elif drift is not None:
                 q_old, k_old = work.q_old, work.k_old
-            self._project_qkv(index, rows, work, q_old, k_old, is_first=index == 0)
+            self._project_qkv(index, rows, work, segments, q_old, k_old, is_first=index == 0)
             if drift is None or overwritten is not None:
-                self._attend(index, rows, state, work)
+                self._attend(index, rows, state, work.attention, lse)
             else:
                 self._attend_and_test(index, rows, segments, drift, state, work)
                 if verdict is not None:
@@ -212,7 +138,7 @@ class Forward:
             assert inputs is not None  # a plan that can fail caches inputs
             work.residual.copy_(inputs[:length])
         for index in range(first, len(self._layers)):
-            self._project_qkv(index, slots, work, None, None, is_first=index == first)
+            self._project_qkv(index, slots, work, None, None, None, is_first=index == first)
             attention = self._attend_all(index, length)
             self._finish_layer(self._layers[index], attention, work)
         if drift is not None:
@@ -269,6 +195,7 @@ class Forward:
         index: int,
         rows: torch.Tensor,
         work: Workspace,
+        segments: torch.Tensor | None,
         q_old: torch.Tensor | None,
         k_old: torch.Tensor | None,
         *,
@@ -276,7 +203,7 @@ class Forward:
     ) -> None:
         """Adds the previous layer's output, unless this layer is the first to run, stores the
         layer's input, and writes q, k, v of the rows into the cache; what they overwrite goes to
-        q_old, k_old, if given."""
+        q_old (of the segments' tracked rows) and k_old, if given."""
         layer, cached = self._layers[index], self._cache.layers[index]
         ops.project_qkv(
             work.residual,
@@ -288,6 +215,7 @@ class Forward:
             rows,
             self._weights.rope,
             self._cache.capacity,
+            segments,
             cached.x,
             cached.q,
             cached.k,
@@ -314,7 +242,14 @@ class Forward:
             work.delta,
         )
 
-    def _attend(self, index: int, rows: torch.Tensor, state: DecodeState, work: Workspace) -> None:
+    def _attend(
+        self,
+        index: int,
+        rows: torch.Tensor,
+        state: DecodeState,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
         cached = self._cache.layers[index]
         ops.window_attention(
             cached.q,
@@ -323,8 +258,8 @@ class Forward:
             rows,
             state.key_range,
             self._scale,
-            work.attention,
-            work.lse,
+            out,
+            lse,
         )
 
     def _attend_and_test(
@@ -368,6 +303,7 @@ class Forward:
             self._cache.k[first:],
             None if overwritten is None else overwritten.q[first:],
             None if overwritten is None else overwritten.k[first:],
+            None if overwritten is None else overwritten.lse[first:],
             rows,
             segments,
             state.key_range,

@@ -74,6 +74,7 @@ def cache_write(
     rows: Tensor,  # [R] int32 slots, -1 = skip
     rope: Tensor,  # [positions, D] float32: D/2 cosines, then D/2 sines
     capacity: int,
+    segments: Tensor | None,  # [N / C, 5] int32: save q of tracked rows alone
     q_cache: Tensor,  # [N, H, D] in and out
     k_cache: Tensor,  # [N, Hkv, D] in and out
     v_cache: Tensor,  # [N, Hkv, D] in and out
@@ -83,10 +84,11 @@ def cache_write(
     """Save the cached q and k of `rows`, then overwrite q, k (both rotated) and v there."""
     kept = rows >= 0
     slots = rows[kept].long()
-    for old, cache in ((q_old, q_cache), (k_old, k_cache)):
+    is_saved = torch.ones_like(kept) if segments is None else _is_tracked(rows, segments, capacity)
+    for old, cache, saved in ((q_old, q_cache, is_saved), (k_old, k_cache, torch.ones_like(kept))):
         if old is not None:
-            old.zero_()
-            old[kept] = cache[slots]
+            old[saved] = 0
+            old[saved & kept] = cache[rows[saved & kept].long()]
     num_heads, head_dim = q_cache.shape[1:]
     num_kv_heads = k_cache.shape[1]
     heads = qkv[kept].view(len(slots), num_heads + 2 * num_kv_heads, head_dim)
@@ -95,6 +97,15 @@ def cache_write(
     q_cache[slots] = _rotate(q, angles)
     k_cache[slots] = _rotate(k, angles)
     v_cache[slots] = v
+
+
+def _is_tracked(rows: Tensor, segments: Tensor, capacity: int) -> Tensor:
+    """Which rows [R] are among the tracked ones of their own sequence."""
+    found = torch.zeros_like(rows, dtype=torch.bool)
+    for sequence, (begin, tracked, *_) in enumerate(segments.tolist()):
+        mine = slice(begin, begin + tracked)
+        found[mine] = (rows[mine] >= 0) & (rows[mine] // capacity == sequence)
+    return found
 
 
 def window_attention(
@@ -148,6 +159,7 @@ def drift_statistics(
     k_cache: Tensor,  # [n, N, Hkv, D]
     q_old: Tensor | None,  # [n, at least R, H, D]
     k_old: Tensor | None,  # [n, at least R, Hkv, D]
+    lse: Tensor | None,  # [n, at least R, H] float32 of window_attention; computed here instead
     rows: Tensor,  # [R] int32 slots, -1 = skip
     segments: Tensor,  # [S, 5] int32
     key_range: Tensor,  # [S, 2] int32
@@ -284,6 +296,7 @@ def project_qkv(
     rows: Tensor,  # [R] int32 slots, -1 = skip
     rope: Tensor,  # [positions, D] float32: D/2 cosines, then D/2 sines
     capacity: int,
+    segments: Tensor | None,  # [N / C, 5] int32
     x_cache: Tensor | None,  # [N, d] in and out
     q_cache: Tensor,  # [N, H, D] in and out
     k_cache: Tensor,  # [N, Hkv, D] in and out
@@ -297,7 +310,7 @@ def project_qkv(
     stored = None if x_cache is None else rows
     add_rms_norm(residual, delta, norm_weight, eps, hidden, stored, x_cache)
     linear(hidden, weight, bias, qkv)
-    cache_write(qkv, rows, rope, capacity, q_cache, k_cache, v_cache, q_old, k_old)
+    cache_write(qkv, rows, rope, capacity, segments, q_cache, k_cache, v_cache, q_old, k_old)
 
 
 def output_mlp(

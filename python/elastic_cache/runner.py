@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from elastic_cache import ops
+from elastic_cache.buffers import OverwrittenRows, Workspace
 from elastic_cache.cache import Cache, CacheNeeds
 from elastic_cache.config import GenerationConfig
 from elastic_cache.decoding import CommitRule, Decoder
-from elastic_cache.forward import Forward, OverwrittenRows, Workspace
+from elastic_cache.forward import Forward
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
 from elastic_cache.report import SEGMENT_WINDOW, Report, ReportBlock

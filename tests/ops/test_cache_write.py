@@ -17,6 +17,7 @@ from opcase import (
     check_close,
     check_contract,
     check_rejects_malformed,
+    int32,
     normal,
     poisoned,
     random_slots,
@@ -58,6 +59,7 @@ def make_case(
         "rows": rows,
         "rope": rope,
         "capacity": capacity,
+        "segments": None,
         "q_cache": normal(rng, num_slots, num_heads, head_dim, **kind),
         "k_cache": normal(rng, num_slots, num_kv_heads, head_dim, **kind),
         "v_cache": normal(rng, num_slots, num_kv_heads, head_dim, **kind),
@@ -81,7 +83,7 @@ def test_example(device: torch.device) -> None:
     caches = [torch.full((4, 1, 2), 7.0, device=device) for _ in range(3)]
     old = [torch.zeros(1, 1, 2, device=device) for _ in range(2)]
     rows = torch.tensor([3], dtype=torch.int32, device=device)
-    ops.cache_write(qkv, rows, rope, 2, *caches, *old)
+    ops.cache_write(qkv, rows, rope, 2, None, *caches, *old)
     assert [cache[3].tolist() for cache in caches] == [[[-2, 1]], [[-4, 3]], [[5, 6]]]
     assert all((cache[:3] == 7).all() for cache in caches)
     assert all((saved == 7).all() for saved in old)
@@ -104,6 +106,22 @@ def test_heads(
     head_dim: int,
 ) -> None:
     check(make_case(rng, device, dtype, 13, heads, head_dim, num_sequences=3))
+
+
+def test_segments(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Queries of tracked rows alone are saved, those of the row's own sequence, none skipped."""
+    case = make_case(rng, device, dtype, 40, num_sequences=3)
+    case["rows"][2] = -1
+    segments = int32([[0, 7, 2, 3, 1], [13, 9, 1, 6, 0], [29, 0, 3, 8, 0]], device)
+    check({**case, "segments": segments})
+    result = run(ops, "cache_write", {**case, "segments": segments})
+    own = case["rows"] // case["capacity"] == torch.arange(3, device=device)[:, None]
+    is_saved = torch.zeros_like(own)
+    is_saved[0, :7], is_saved[1, 13:22] = True, True
+    is_saved = (is_saved & own & (case["rows"] >= 0)).any(0)
+    assert 0 < is_saved.sum() < 16
+    assert not result["q_old"][is_saved].isnan().any() and result["q_old"][~is_saved].isnan().all()
+    check({**case, "segments": segments, "k_old": None})
 
 
 def test_without_saving(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
@@ -138,6 +156,11 @@ def test_rejects(device: torch.device, rng: torch.Generator) -> None:
         "k_old": case["k_old"][..., 1:].contiguous(),
     }.items():
         assert_rejected("cache_write", {**case, name: bad}, name, "must be [")
+    segments = int32([[0, 2, 1, 1, 1], [5, 1, 1, 1, 0]], device)
+    assert_rejected("cache_write", {**case, "segments": segments[1:]}, "segments", "must be [")
+    if device.type == "cpu":
+        segments[1, 1] = 9
+        assert_rejected("cache_write", {**case, "segments": segments}, "segments", "got begin 5")
     assert_rejected("cache_write", {**case, "capacity": 0}, "capacity", "got 0")
     assert_rejected("cache_write", {**case, "rope": case["rope"][:1]}, "rope", "got 1")
     assert_rejected(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from driftcase import Counts, condition_of, make_case
-from elastic_cache import ops
+from elastic_cache import ops, reference
 from opcase import (
     TILE_SIZES,
     Case,
@@ -34,7 +34,7 @@ def make_layers(
     num_layers: int = 3,
     more_rows: int = 2,
 ) -> Case:
-    """Layers unlike each other on the same rows; `more_rows` of q_old and k_old belong to none."""
+    """Layers unlike each other on the same rows; `more_rows` of what has rows belong to none."""
     case = make_case(rng, device, dtype, counts, key_ranges, heads, head_dim)
 
     def stack(name: str) -> Tensor:
@@ -46,22 +46,40 @@ def make_layers(
         return torch.cat((stack(name), more.expand(num_layers, *more.shape)), 1)
 
     shape = (num_layers, *case["mass"].shape)
-    return {
+    q_old = old("q_old")
+    lse = poisoned(*q_old.shape[:3], dtype=torch.float32, device=device)
+    stacked = {
         "q_cache": stack("q_cache"),
         "k_cache": stack("k_cache"),
-        "q_old": old("q_old"),
+        "q_old": q_old,
         "k_old": old("k_old"),
+        "lse": lse,
         **{name: case[name] for name in ("rows", "segments", "key_range", "scale")},
         "mass": poisoned(*shape, dtype=torch.float32, device=device),
         "similarity": poisoned(*shape[:2], dtype=torch.float64, device=device),
     }
+    write_log_sums(stacked)
+    return stacked
+
+
+def write_log_sums(case: Case) -> None:
+    """Writes lse: what window_attention gives the rows. Skipped rows keep what is there."""
+    rows, keys = case["rows"], case["k_cache"].double()
+    listed = rows >= 0
+    for layer, lse in enumerate(case["lse"]):
+        found = torch.empty(len(rows), lse.shape[1], dtype=torch.float64, device=lse.device)
+        reference.window_attention(
+            case["q_cache"][layer].double(), keys[layer], keys[layer].nan_to_num(), rows,
+            case["key_range"], case["scale"], case["q_old"][layer, : len(rows)].double(), found,
+        )  # fmt: skip
+        lse[: len(rows)][listed] = found[listed].float()
 
 
 def check(case: Case) -> dict[str, Tensor]:
-    """Results come from float32 weights."""
-    return check_close(
-        "drift_statistics", case, arithmetic=torch.float32, condition=condition_of(case)
-    )
+    """Results come from float32 weights, with and without given log-sum-exps."""
+    precision = {"arithmetic": torch.float32, "condition": condition_of(case)}
+    check_close("drift_statistics", {**case, "lse": None}, **precision)
+    return check_close("drift_statistics", case, **precision)
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 2, 5])
@@ -73,7 +91,7 @@ def test_layers(
     case = make_layers(rng, device, dtype, counts, ranges, num_layers=num_layers)
     result = check(case)
     for layer in range(num_layers):
-        names = ("q_cache", "k_cache", "q_old", "k_old", "mass", "similarity")
+        names = ("q_cache", "k_cache", "q_old", "k_old", "lse", "mass", "similarity")
         own = {**case, **{name: case[name][layer : layer + 1] for name in names}}
         for name, value in run(ops, "drift_statistics", own).items():
             assert_same_bits(f"layer {layer}: {name}", value[0], result[name][layer])
@@ -139,7 +157,9 @@ def test_skipped_rows(device: torch.device, rng: torch.Generator, dtype: torch.d
         for name in ("q_old", "k_old"):
             case[name][:, row] = float("nan")
         case["q_cache"][:, skipped] = float("nan")
+        case["lse"][:, row] = float("nan")
         case["rows"][row] = -1
+    write_log_sums(case)
     assert (check(case)["similarity"][:, 1] == math.inf).all()
 
 
@@ -163,14 +183,17 @@ def test_rejects(device: torch.device, rng: torch.Generator) -> None:
         "k_cache": case["k_cache"][:, 1:].contiguous(),
         "q_old": case["q_old"][1:],
         "k_old": case["k_old"][:, 1:].contiguous(),
+        "lse": case["lse"][:, 1:].contiguous(),
         "segments": case["segments"][:, 1:].contiguous(),
         "key_range": case["key_range"][1:],
         "mass": case["mass"][1:],
         "similarity": case["similarity"][:, 1:].contiguous(),
     }.items():
         assert_rejected("drift_statistics", {**case, name: bad}, name, "must be [")
-    few = {name: case[name][:, :3].contiguous() for name in ("q_old", "k_old")}
+    few = {name: case[name][:, :3].contiguous() for name in ("q_old", "k_old", "lse")}
     assert_rejected("drift_statistics", {**case, **few}, "q_old", "must have a row for each of")
+    alone = {"q_old": None, "k_old": None, "lse": few["lse"]}
+    assert_rejected("drift_statistics", {**case, **alone}, "lse", "must have a row for each of")
 
 
 def test_rejects_values(rng: torch.Generator) -> None:

@@ -14,6 +14,7 @@ from opcase import (
     check_close,
     check_contract,
     check_rejects_malformed,
+    int32,
     normal,
     poisoned,
     random_slots,
@@ -48,6 +49,9 @@ def make_case(
         "rows": random_slots(rng, num_rows, 2 * capacity, device),
         "rope": torch.cat((angle.cos(), angle.sin()), -1).to(device),
         "capacity": capacity,
+        "segments": int32(
+            [[0, num_rows // 3, 0, 0, 0], [num_rows // 2, 2 * num_rows // 5, 0, 0, 0]], device
+        ),
         "x_cache": normal(rng, 2 * capacity, width, **kind),
         "q_cache": normal(rng, *q, **kind),
         "k_cache": normal(rng, *kv, **kind),
@@ -64,12 +68,12 @@ class Composition:
 
     @staticmethod
     def project_qkv(*args: Any) -> None:
-        residual, delta, norm_weight, eps, weight, bias, rows, rope, capacity = args[:9]
-        x_cache, *caches, hidden, qkv = args[9:]
+        residual, delta, norm_weight, eps, weight, bias, rows, rope, capacity, segments = args[:10]
+        x_cache, *caches, hidden, qkv = args[10:]
         stored = None if x_cache is None else rows
         ops.add_rms_norm(residual, delta, norm_weight, eps, hidden, stored, x_cache)
         ops.linear(hidden, weight, bias, qkv)
-        ops.cache_write(qkv, rows, rope, capacity, *caches)
+        ops.cache_write(qkv, rows, rope, capacity, segments, *caches)
 
 
 def check_parts(case: Case) -> None:
@@ -115,7 +119,7 @@ def test_widths(
     check_parts(make_case(rng, device, dtype, 17, width, heads, 10))
 
 
-@pytest.mark.parametrize("absent", ["delta", "bias", "x_cache", "q_old", "k_old"])
+@pytest.mark.parametrize("absent", ["delta", "bias", "segments", "x_cache", "q_old", "k_old"])
 def test_optional_arguments(
     device: torch.device, rng: torch.Generator, dtype: torch.dtype, absent: str
 ) -> None:
@@ -130,7 +134,7 @@ def test_strided_weight(device: torch.device, rng: torch.Generator, dtype: torch
 def test_a_row_does_not_depend_on_the_others(rng: torch.Generator, dtype: torch.dtype) -> None:
     """On the CPU; a GPU's product is the vendor's, whose kernel depends on the number of rows."""
     device = torch.device("cpu")
-    case = make_case(rng, device, dtype, 23, 128, (4, 4), 32)
+    case = {**make_case(rng, device, dtype, 23, 128, (4, 4), 32), "segments": None}
     together = run(ops, "project_qkv", case)
     per_row = ("residual", "delta", "rows", "q_old", "k_old", "hidden", "qkv")
     for row in range(23):
@@ -146,6 +150,7 @@ def test_a_row_does_not_depend_on_the_others(rng: torch.Generator, dtype: torch.
 def test_all_rows_skipped(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
     case = make_case(rng, device, dtype, 9)
     case["rows"].fill_(-1)
+    case["segments"] = None
     result = run(ops, "project_qkv", case)
     for name in ("x_cache", "q_cache", "k_cache", "v_cache"):
         assert_same_bits(name, result[name], case[name])
@@ -160,7 +165,7 @@ def test_rejects(device: torch.device, rng: torch.Generator) -> None:
     case = make_case(rng, device, torch.float32, 9)
     check_rejects_malformed("project_qkv", case)
     short = ("delta", "norm_weight", "weight", "bias", "rows", "x_cache", "k_cache", "v_cache")
-    for name in (*short, "q_old", "k_old", "hidden", "qkv"):
+    for name in (*short, "segments", "q_old", "k_old", "hidden", "qkv"):
         assert_rejected("project_qkv", {**case, name: case[name][1:]}, name, "must be [")
     assert_rejected("project_qkv", {**case, "capacity": 0}, "capacity", "got 0")
     assert_rejected("project_qkv", {**case, "rope": case["rope"][:1]}, "rope", "got 1")

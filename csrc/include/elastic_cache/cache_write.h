@@ -2,6 +2,7 @@
 // scatters q, k, v into the cache. The rows about to be overwritten are saved first, so that the
 // drift test can see the cache as it was without a copy of it:
 //   q_old[r] = q_cache[rows[r]];  k_old[r] = k_cache[rows[r]]   (both optional).
+// The test asks for queries of tracked rows alone: given segments, others' are not saved.
 // rotate: y[i] = x[i] cos[i] - x[i + D/2] sin[i];  y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i].
 #pragma once
 
@@ -22,11 +23,12 @@ struct CacheWriteParams {
   const int32_t* rows;     // [R] slots, -1 = skip
   const float* rope;       // [positions, D]: D/2 cosines, then D/2 sines
 
-  void* q_cache;  // [N, H, D] dtype
-  void* k_cache;  // [N, Hkv, D] dtype
-  void* v_cache;  // [N, Hkv, D] dtype
-  void* q_old;    // [R, H, D] dtype out, or null
-  void* k_old;    // [R, Hkv, D] dtype out, or null
+  const int32_t* segments;  // [N / C, kSegmentColumns], or null: every row's q is saved
+  void* q_cache;            // [N, H, D] dtype
+  void* k_cache;            // [N, Hkv, D] dtype
+  void* v_cache;            // [N, Hkv, D] dtype
+  void* q_old;              // [R, H, D] dtype out, or null
+  void* k_old;              // [R, Hkv, D] dtype out, or null
 };
 
 void cache_write_cpu(const CacheWriteParams& params);

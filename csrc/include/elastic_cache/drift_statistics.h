@@ -18,7 +18,7 @@ struct DriftStatisticsParams {
   int64_t num_layers;     // L
   int64_t num_sequences;  // S
   int64_t num_rows;       // R
-  int64_t num_old_rows;   // R' >= R, between the layers of q_old and k_old
+  int64_t num_old_rows;   // R' >= R, between the layers of q_old, k_old and lse
   int64_t num_heads;      // H
   int64_t num_kv_heads;   // Hkv
   int64_t head_dim;       // D
@@ -29,6 +29,7 @@ struct DriftStatisticsParams {
   const void* k_cache;       // [L, N, Hkv, D] dtype
   const void* q_old;         // [L, R', H, D] dtype, or null when no segment has tracked rows
   const void* k_old;         // [L, R', Hkv, D] dtype, or null likewise
+  const float* lse;          // [L, R', H] what window_attention gave the rows; null: not known
   const int32_t* rows;       // [R] slots, -1 = skip
   const int32_t* segments;   // [S, kSegmentColumns]; a segment's rows are of its sequence
   const int32_t* key_range;  // [S, 2] first and one-past-last key position

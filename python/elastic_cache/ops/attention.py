@@ -18,6 +18,7 @@ def cache_write(
     rows: Tensor,
     rope: Tensor,
     capacity: int,
+    segments: Tensor | None,
     q_cache: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -32,6 +33,7 @@ def cache_write(
         rows: int32 [R].
         rope: float32 [at least C, D], D/2 cosines, then D/2 sines of each position.
         capacity: C; position = slot % C.
+        segments: int32 [N / C, 5]: save queries of tracked rows alone; or None: of every row.
         q_cache: in and out, model [N, H, D].
         k_cache: in and out, model [N, Hkv, D].
         v_cache: in and out, model [N, Hkv, D].
@@ -44,7 +46,7 @@ def cache_write(
     Source: RoFormer (arXiv 2104.09864) for the rotation; the saved rows replace the copy of the
     whole K cache in the paper's code.
     """
-    _cache_write(qkv, rows, rope, capacity, q_cache, k_cache, v_cache, q_old, k_old)
+    _cache_write(qkv, rows, rope, capacity, segments, q_cache, k_cache, v_cache, q_old, k_old)
 
 
 def window_attention(
@@ -128,6 +130,7 @@ def drift_statistics(
     k_cache: Tensor,
     q_old: Tensor | None,
     k_old: Tensor | None,
+    lse: Tensor | None,
     rows: Tensor,
     segments: Tensor,
     key_range: Tensor,
@@ -148,6 +151,8 @@ def drift_statistics(
         q_old: model [n, at least R, H, D], the overwritten queries, of the first R rows; None when
             no sequence has tracked rows.
         k_old: model [n, as q_old, Hkv, D], the overwritten keys; None likewise.
+        lse: float32 [n, as q_old, H], what `window_attention` gave the rows in every layer; None to
+            compute it again. On a GPU it saves time; the CPU needs none and does not read it.
         rows: int32 [R].
         segments: int32 [S, 5].
         key_range: int32 [S, 2].
@@ -161,7 +166,7 @@ def drift_statistics(
     Source: the paper's drift test and most-attended token, as its code computes them.
     """
     _drift_statistics(
-        q_cache, k_cache, q_old, k_old, rows, segments, key_range, scale, mass, similarity
+        q_cache, k_cache, q_old, k_old, lse, rows, segments, key_range, scale, mass, similarity
     )
 
 

@@ -89,6 +89,7 @@ def project_qkv(
     rows: Tensor,
     rope: Tensor,
     capacity: int,
+    segments: Tensor | None,
     x_cache: Tensor | None,
     q_cache: Tensor,
     k_cache: Tensor,
@@ -114,6 +115,7 @@ def project_qkv(
         rows: int32 [R].
         rope: float32 [at least C, D], as `cache_write` takes it.
         capacity: C; position = slot % C.
+        segments: int32 [N / C, 5] or None, as `cache_write` takes it.
         x_cache: in and out, model [N, d], gets the new residual of the rows; or None.
         q_cache: in and out, model [N, H, D].
         k_cache: in and out, model [N, Hkv, D].
@@ -129,8 +131,8 @@ def project_qkv(
     Source: the paper's depth-selective recomputation, for a row list or all rows of a layer.
     """
     _project_qkv(
-        residual, delta, norm_weight, eps, weight, bias, rows, rope, capacity, x_cache, q_cache,
-        k_cache, v_cache, q_old, k_old, hidden, qkv,
+        residual, delta, norm_weight, eps, weight, bias, rows, rope, capacity, segments, x_cache,
+        q_cache, k_cache, v_cache, q_old, k_old, hidden, qkv,
     )  # fmt: skip
 
 

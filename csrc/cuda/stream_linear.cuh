@@ -5,6 +5,11 @@
 // kSplits ranges of k. The splits of a tile are a cluster and add their parts up through
 // distributed shared memory, in the order of k: no workspace, no counters.
 //
+// The gated form's w is [K, 2N], gate, then up, and out is what swiglu makes of x w. Two blocks, a
+// cluster, have 192 columns of each: the first the gate of columns 0 .. 127 and up of 0 .. 63, the
+// second the gate of 128 .. 191 and up of 64 .. 191. So each has all it needs of 64 columns; of the
+// 64 they share each finishes a half, which takes 32 columns of the other's.
+//
 // A warpgroup multiplies 64 rows (fewer: the rest is whatever lies in shared memory, and is not
 // stored) with all columns of the tile.
 #pragma once
@@ -15,6 +20,7 @@
 #include "common/launch.h"
 #include "common/mma.cuh"
 #include "common/wgmma.cuh"
+#include "swiglu.cuh"
 
 namespace elastic_cache::cuda::stream {
 
@@ -29,11 +35,13 @@ constexpr int kRingBytes = 224 * 1024;      // both rings; the small kernel ahea
 constexpr int kInputRingBytes = 64 * 1024;  // at most, of these
 constexpr int kWindowBytes = 72 * 1024;     // of weights under way
 
-template <int kRows_, int kBlocks_, int kSplits_>
+template <int kRows_, int kBlocks_, int kSplits_, bool kIsGated_ = false>
 struct Form {
   static constexpr int kRows = kRows_;
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kSplits = kSplits_;
+  static constexpr bool kIsGated = kIsGated_;
+  static constexpr int kCluster = kIsGated ? 2 : kSplits;
   static constexpr int kColumnGroups = kBlocks * 8;  // of eight columns
   static constexpr int kBlockBytes = kDepth * kBlockColumns * 2;
   static constexpr int kWeightBytes = kBlocks * kBlockBytes;
@@ -50,14 +58,15 @@ struct Form {
   static constexpr int kBarrierOffset = kInputOffset + kInputRing;
   static constexpr int kSharedBytes = kBarrierOffset + (kStages + kInputStages) * 16;
   static_assert(kRows % 16 == 0 && kStages >= 2 && kInputBytes % 1024 == 0);
+  static_assert(!kIsGated || (kBlocks == 3 && kSplits == 1));
   static_assert(kPartBytes <= kBarrierOffset && kSharedBytes <= 227 * 1024);
 };
 
 struct Problem {
   bf16* out;
   int num_rows;
-  int num_columns;
-  int num_steps;  // stages of the whole of k
+  int num_columns;  // of out
+  int num_steps;    // stages of the whole of k
   int num_tiles;
   int window;  // stages
 };
@@ -66,7 +75,7 @@ struct Problem {
 template <class F>
 struct Work {
   uint32_t ring;
-  int split;
+  int rank;  // in the cluster; which split of k, or of a gated tile
   int first_tile;
   int tile_stride;
   int first_step;
@@ -75,9 +84,10 @@ struct Work {
   __device__ Work(const void* shared, const Problem& p) {
     ring = shared_address(shared);
     const int block = static_cast<int>(blockIdx.x);
-    split = block % F::kSplits;
-    first_tile = block / F::kSplits;
-    tile_stride = static_cast<int>(gridDim.x) / F::kSplits;
+    rank = block % F::kCluster;
+    first_tile = block / F::kCluster;
+    tile_stride = static_cast<int>(gridDim.x) / F::kCluster;
+    const int split = F::kIsGated ? 0 : rank;
     first_step = p.num_steps * split / F::kSplits;
     num_steps = p.num_steps * (split + 1) / F::kSplits - first_step;
   }
@@ -114,6 +124,22 @@ __device__ void init_barriers(const Work<F>& work) {
   publish_barriers();
 }
 
+// Starts copying a stage of a tile's columns: neighbours, unless gated.
+template <class F>
+__device__ inline void copy_columns(const Work<F>& work, const Problem& p, const CUtensorMap* map,
+                                    int tile, int step, int slot, uint64_t policy) {
+  const uint32_t full = work.full(slot), to = work.weights(slot);
+  if constexpr (F::kIsGated) {
+    const int gate = tile * F::kBlocks, up = p.num_columns / kBlockColumns + gate;
+    const int own = work.rank == 0 ? 0 : F::kBlocks - 1, shared = work.rank == 0 ? gate : up;
+    copy_box(to, map, full, 0, work.k(step), gate + own, policy);
+    copy_box(to + F::kBlockBytes, map, full, 0, work.k(step), shared + 1, policy);
+    copy_box(to + 2 * F::kBlockBytes, map, full, 0, work.k(step), up + own, policy);
+  } else {
+    copy_box(to, map, full, 0, work.k(step), tile * F::kBlocks, policy);
+  }
+}
+
 // One thread. Does not wait for the kernel before this one: nothing writes weights. (The parity
 // before the first: a wait for it ends at once.) At most p.window stages are under way: with the
 // whole ring the queues in front of the memory are long, x waits in them, and some multiprocessors
@@ -132,9 +158,8 @@ __device__ void copy_weights(const Work<F>& work, const Problem& p, const CUtens
       } else {
         ++under_way;
       }
-      const uint32_t full = work.full(place.slot);
-      expect_bytes(full, F::kWeightBytes);
-      copy_box(work.weights(place.slot), map, full, 0, work.k(step), tile * F::kBlocks, policy);
+      expect_bytes(work.full(place.slot), F::kWeightBytes);
+      copy_columns(work, p, map, tile, step, place.slot, policy);
     }
   }
 }
@@ -247,6 +272,12 @@ __device__ inline uint32_t part_address(const Work<F>& work, int group) {
   return work.ring + (group * F::kConsumers + static_cast<int>(threadIdx.x)) * 16;
 }
 
+__device__ inline void leave(uint32_t shared, const float (&c)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(c[0]), "f"(c[1]),
+               "f"(c[2]), "f"(c[3])
+               : "memory");
+}
+
 // Whether this warp has rows of x.
 template <class F>
 __device__ inline bool has_rows() {
@@ -260,9 +291,7 @@ __device__ inline void leave_part(const Work<F>& work, const float (&c)[F::kColu
   if (!has_rows<F>()) return;
 #pragma unroll
   for (int i = 0; i < F::kColumnGroups; ++i) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(part_address(work, i)),
-                 "f"(c[i][0]), "f"(c[i][1]), "f"(c[i][2]), "f"(c[i][3])
-                 : "memory");
+    leave(part_address(work, i), c[i]);
   }
 }
 
@@ -280,7 +309,7 @@ __device__ inline void store_sums(const Work<F>& work, const Problem& p) {
     float parts[kTogether][F::kSplits][2][4] = {};
 #pragma unroll
     for (int i = 0; i < kTogether && has_rows<F>(); ++i) {
-      const int pair = min((first + i) * F::kSplits + work.split, kPairs - 1);
+      const int pair = min((first + i) * F::kSplits + work.rank, kPairs - 1);
 #pragma unroll
       for (int split = 0; split < F::kSplits; ++split) {
         load_from(part_address(work, 2 * pair), split, parts[i][split][0]);
@@ -290,7 +319,7 @@ __device__ inline void store_sums(const Work<F>& work, const Problem& p) {
     if (first + kTogether >= kMine) arrive_cluster();
 #pragma unroll
     for (int i = 0; i < kTogether && has_rows<F>(); ++i) {
-      const int pair = (first + i) * F::kSplits + work.split;
+      const int pair = (first + i) * F::kSplits + work.rank;
       if (pair >= kPairs) break;
       float (&sum)[2][4] = parts[i][0];
 #pragma unroll
@@ -303,11 +332,70 @@ __device__ inline void store_sums(const Work<F>& work, const Problem& p) {
   }
 }
 
+// gate and up of eight columns -> what swiglu makes of them.
+__device__ inline void gate_columns(float (&gate)[4], const float (&up)[4]) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    gate[n] = to_float(gated(from_float<bf16>(gate[n]), from_float<bf16>(up[n])));
+  }
+}
+
+// This block's 64 columns and its half of the 64 that the cluster's blocks share. As in store_sums,
+// nothing is stored before the block has arrived for the last time.
+template <class F>
+__device__ inline void store_gated(const Work<F>& work, const Problem& p,
+                                   float (&c)[F::kColumnGroups][4]) {
+  constexpr int kShared = 8, kUp = 16, kHalf = 4;  // column groups
+  const bool is_first = work.rank == 0;
+  float mine[kHalf][4], others[kHalf][4];
+#pragma unroll
+  for (int n = 0; n < kHalf * 4; ++n) {
+    const float left = c[kShared + n / 4][n % 4], right = c[kShared + kHalf + n / 4][n % 4];
+    mine[n / 4][n % 4] = is_first ? left : right;
+    others[n / 4][n % 4] = is_first ? right : left;
+  }
+  wait_consumers<F>();  // all stages of the rings have been read
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) leave(part_address(work, i), others[i]);
+  arrive_cluster();
+  // Not of rows that x does not have: what lies there makes divisions slow [5 us, measured].
+  const bool has_out = static_cast<int>(threadIdx.x) / 32 * 16 < p.num_rows;
+#pragma unroll
+  for (int i = 0; i < kShared && has_out; ++i) gate_columns(c[i], c[kUp + i]);
+  wait_cluster();
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) load_from(part_address(work, i), 1 - work.rank, others[i]);
+  arrive_cluster();
+  if (!has_out) return;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float x = mine[i][n], y = others[i][n];
+      mine[i][n] = is_first ? x : y;
+      others[i][n] = is_first ? y : x;
+    }
+    gate_columns(mine[i], others[i]);
+  }
+  const int tile = work.first_tile * F::kBlocks * kBlockColumns;
+#pragma unroll
+  for (int i = 0; i < kShared; i += 2) {
+    store_columns(p, tile + work.rank * 2 * kBlockColumns + i * 8, c[i], c[i + 1]);
+  }
+#pragma unroll
+  for (int i = 0; i < kHalf; i += 2) {
+    store_columns(p, tile + kBlockColumns + (work.rank * kHalf + i) * 8, mine[i], mine[i + 1]);
+  }
+}
+
 template <class F>
 __device__ void consume(const Work<F>& work, const Problem& p) {
   Places<F> at;
   float c[F::kColumnGroups][4];
-  if constexpr (F::kSplits > 1) {
+  if constexpr (F::kIsGated) {
+    multiply_tile<F>(work, at, c);
+    store_gated<F>(work, p, c);
+  } else if constexpr (F::kSplits > 1) {
     multiply_tile<F>(work, at, c);
     leave_part<F>(work, c);
     arrive_cluster();
@@ -347,7 +435,7 @@ __global__ void __launch_bounds__(F::kThreads, 1)
     wait_for_previous();
     consume(work, p);
   }
-  if constexpr (F::kSplits > 1) {
+  if constexpr (F::kCluster > 1) {
     // As the consumers do: first the parts are there, then no block needs another's any more.
     if (thread >= F::kConsumers) {
       __syncwarp();

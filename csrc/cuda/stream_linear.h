@@ -10,4 +10,7 @@ namespace elastic_cache::cuda {
 // this library that is still pending may write it.
 bool stream_linear(const LinearParams& params, Stream stream);
 
+// The same of linear(gate_up) and swiglu after it, -> `out` [R, N / 2]; gate_up.out is not written.
+bool stream_gated_linear(const LinearParams& gate_up, void* out, Stream stream);
+
 }  // namespace elastic_cache::cuda

@@ -4,20 +4,12 @@
 
 #include "common/launch.h"
 #include "common/vector.cuh"
+#include "swiglu.cuh"
 
 namespace elastic_cache {
 namespace {
 
-using cuda::from_float;
-using cuda::to_float;
-
 constexpr int kThreads = 256;
-
-template <class T>
-__device__ T gated(T gate, T up) {
-  const float x = to_float(gate);
-  return from_float<T>(cuda::round_to<T>(x / (1.0f + __expf(-x))) * to_float(up));
-}
 
 template <class T, int N>
 __global__ void swiglu_kernel(const T* gate_up, int64_t width, T* out) {
@@ -29,7 +21,7 @@ __global__ void swiglu_kernel(const T* gate_up, int64_t width, T* out) {
   const auto gate = cuda::load_pack<T, N>(from), up = cuda::load_pack<T, N>(from + width);
   cuda::Pack<T, N> result;
 #pragma unroll
-  for (int n = 0; n < N; ++n) result.data[n] = gated(gate.data[n], up.data[n]);
+  for (int n = 0; n < N; ++n) result.data[n] = cuda::gated(gate.data[n], up.data[n]);
   cuda::store_pack(out + row * width + i, result);
 }
 

@@ -27,6 +27,10 @@ inline LinearParams linear_params(DType dtype, const Tensor& x, const Tensor& we
 void layer_linear(DType dtype, const Tensor& x, const Tensor& weight,
                   const std::optional<Tensor>& bias, const Tensor& out);
 
+// layer_linear into gate_up and swiglu of that into out, or both in one without writing gate_up.
+void layer_gated_linear(DType dtype, const Tensor& x, const Tensor& weight, const Tensor& gate_up,
+                        const Tensor& out);
+
 // `rows` and `x_cache` are null without a layer-input cache.
 inline AddRmsNormParams norm_params(DType dtype, const Tensor& residual, const void* delta,
                                     const Tensor& weight, double eps, const Tensor& out,

@@ -85,4 +85,17 @@ void layer_linear([[maybe_unused]] DType dtype, const Tensor& x, const Tensor& w
   linear(x, weight, bias, out);
 }
 
+void layer_gated_linear(DType dtype, const Tensor& x, const Tensor& weight, const Tensor& gate_up,
+                        const Tensor& out) {
+#ifdef ELASTIC_CACHE_CUDA
+  if (out.is_cuda() && weight.stride(1) == 1) {
+    const CurrentStream stream(out);
+    const LinearParams params = linear_params(dtype, x, weight, nullptr, gate_up);
+    if (cuda::stream_gated_linear(params, output<void>(out), stream)) return;
+  }
+#endif
+  layer_linear(dtype, x, weight, std::nullopt, gate_up);
+  swiglu(gate_up, out);
+}
+
 }  // namespace elastic_cache::ops

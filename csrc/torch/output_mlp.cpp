@@ -39,8 +39,7 @@ void output_mlp(const Tensor& attention, const Tensor& out_weight, const Tensor&
   if (!residual.is_cpu()) {  // products stand between the kernels
     layer_linear(dtype, attention, out_weight, std::nullopt, delta);
     add_rms_norm(residual, delta, norm_weight, eps, hidden, std::nullopt, std::nullopt);
-    layer_linear(dtype, hidden, gate_up_weight, std::nullopt, gate_up);
-    swiglu(gate_up, activation);
+    layer_gated_linear(dtype, hidden, gate_up_weight, gate_up, activation);
     layer_linear(dtype, activation, down_weight, std::nullopt, delta);
     return;
   }

@@ -4,7 +4,8 @@
 //   gate_up = hidden Wgu;  activation = silu(gate) * up;  delta = activation Wdown
 // The subtle thing is what connects the five: norm.delta is output.out, gate_up.x is norm.out,
 // swiglu.gate_up is gate_up.out and down.x is swiglu.out; down.out is output.out again, which
-// nothing reads any more by then. On a GPU: as in project_qkv.h.
+// nothing reads any more by then. gate_up.out is scratch: a GPU may do without it. On a GPU: as in
+// project_qkv.h.
 #pragma once
 
 #include "elastic_cache/add_rms_norm.h"

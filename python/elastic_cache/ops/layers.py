@@ -161,7 +161,7 @@ def output_mlp(
         gate_up_weight: model [d, 2F], gate, then up.
         down_weight: model [F, d].
         hidden: out, model [R, d], the normalised residual.
-        gate_up: out, model [R, 2F].
+        gate_up: scratch, model [R, 2F]; what it holds afterwards depends on device and sizes.
         activation: out, model [R, F].
         delta: out, model [R, d], what the feed-forward block adds; not yet in `residual`.
 

@@ -112,7 +112,8 @@ def make_runner(model: Model, length: int, *, tests_drift: bool, capture: bool) 
         has_noise=False,
         eos_id=-1,
     )
-    runner = BenchRunner(model, shape, capture)
+    captures = capture and model.device.type == "cuda"
+    runner = BenchRunner(model, shape, torch.cuda.Stream(model.device) if captures else None)
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(3, model.config.vocab_size, (length,), generator=generator)
     masked = torch.arange(length) >= length - length // 3

@@ -22,7 +22,7 @@ import torch
 from elastic_cache.config import GenerationConfig
 from elastic_cache.device import find_device
 from elastic_cache.errors import NonFiniteLogitsError
-from elastic_cache.memory import check_memory
+from elastic_cache.memory import SCRATCH_BYTES, check_memory
 from elastic_cache.models import load_model
 from elastic_cache.models.weights import Model
 from elastic_cache.policies import Policy, make_policy
@@ -143,7 +143,10 @@ class RunnerPool:
     """Idle runners, most recently used last."""
 
     def __init__(self, model: Model, capture: bool) -> None:
-        self._model, self._capture = model, capture
+        self._model = model
+        # One for all runners: the vendor's products keep a workspace for every stream.
+        captures = capture and model.device.type == "cuda"
+        self._capture_stream = torch.cuda.Stream(model.device) if captures else None
         self._idle: list[Runner] = []
 
     def take(self, shape: RunnerShape) -> Runner:
@@ -155,15 +158,17 @@ class RunnerPool:
         for index in reversed(range(len(self._idle))):
             if self._idle[index].shape == shape:
                 return self._idle.pop(index)
-        needed, advice = runner_bytes(self._model, shape), "shorten the prompt or gen_length"
+        device, what = self._model.device, "the caches and buffers of this request"
+        needed = runner_bytes(self._model, shape) + SCRATCH_BYTES
+        advice = "shorten the prompt or gen_length"
         try:
-            check_memory(self._model.device, needed, "the caches of this request", advice)
+            check_memory(device, needed, what, advice)
         except ValueError:
             if not self._idle:
                 raise
             self._idle.clear()
-            check_memory(self._model.device, needed, "the caches of this request", advice)
-        return Runner(self._model, shape, self._capture)
+            check_memory(device, needed, what, advice)
+        return Runner(self._model, shape, self._capture_stream)
 
     def give(self, runner: Runner) -> None:
         """Keeps a runner that has finished its request."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 
+SCRATCH_BYTES = 256 * 2**20
+"""What a GPU needs for a request beside its caches and buffers: two workspaces of 32 MiB of the
+vendor's products, their code, captured steps, and what the allocator rounds up. [225 MiB for the
+first request of a process, 101 MiB for one with LLaDA-8B after that; an H100, torch 2.11]"""
+
 
 def check_memory(device: torch.device, num_bytes: int, what: str, advice: str = "") -> None:
     """Refuses an allocation that a GPU has no room for; on the CPU it does nothing.

@@ -92,11 +92,13 @@ class Runner:
     Args:
         model: weights and shape.
         shape: sizes and kinds of the step.
-        capture: whether window passes on a GPU become CUDA graphs; without, the same kernels are
-            launched one by one, with the same results.
+        capture_stream: where window passes on a GPU become CUDA graphs; None launches the same
+            kernels one by one, with the same results.
     """
 
-    def __init__(self, model: Model, shape: RunnerShape, capture: bool) -> None:
+    def __init__(
+        self, model: Model, shape: RunnerShape, capture_stream: torch.cuda.Stream | None
+    ) -> None:
         device, depth = model.device, model.config.num_layers
         self.shape = shape
         self._depth = depth
@@ -110,7 +112,7 @@ class Runner:
         self._forward = Forward(model, cache, len(self._lists.rows), _max_deferred(model, shape))
         self._decoder = Decoder(model, shape.num_candidates, shape.has_noise)
         self._rule = CommitRule(1, device)
-        self._graphs = Graphs(device) if capture and self._is_padded else None
+        self._graphs = None if capture_stream is None else Graphs(capture_stream)
         self._length = 0
         self._listed: range | None = None
         self._plan: Plan | None = None
@@ -266,9 +268,9 @@ class Graphs:
     The first run of a piece is as it is, which loads its kernels; the second is captured.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
 
     def run(self, key: int, function: Callable[[], None]) -> None:

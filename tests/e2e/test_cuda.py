@@ -61,7 +61,7 @@ def start(model: Model, question: str, ops: ModuleType) -> tuple[Pupil, Start]:
     policy = make_policy(prompt.masked.tolist(), SETTINGS, model.config.eos_id)
     shape = runner_shape(model, policy, SETTINGS, len(prompt.ids))
     begin = Start(prompt.ids, prompt.masked, policy.window, policy.lookahead, SETTINGS)
-    return Pupil(Runner(model, shape, capture=False), ops), begin
+    return Pupil(Runner(model, shape, capture_stream=None), ops), begin
 
 
 @contextmanager

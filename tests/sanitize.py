@@ -34,7 +34,12 @@ TIMEOUT = 600
 
 SELECTION: dict[str, tuple[str, ...]] = {
     "add_rms_norm": (r"rows\[.*-(0|9)\]", r"widths\[.*-(7|64|4096)\]", r"optional_arguments\["),
-    "cache_write": (r"sizes\[.*-9\]", r"heads\[.*-(6|128)-\(6, 2\)\]", r"without_saving\["),
+    "cache_write": (
+        r"sizes\[.*-9\]",
+        r"heads\[.*-(6|128)-\(6, 2\)\]",
+        r"without_saving\[",
+        r"segments\[",
+    ),
     "commit": (r"sizes\[.*-(65|2000)\]", r"eos_drops.*\[", r"nan_commits_nothing.*\["),
     "drift_attention": (r"tracked_rows\[.*-17\]", r"no_row_and_no_key\["),
     "drift_statistics": (

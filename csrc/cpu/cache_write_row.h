@@ -42,19 +42,20 @@ inline void save_row(const void* cache, int64_t slot, int64_t row, int64_t width
   }
 }
 
-inline bool is_query_saved(const CacheWriteParams& p, int64_t row, int64_t slot) {
-  if (!p.segments) return true;
-  if (slot < 0) return false;
-  const int32_t* segment = p.segments + slot / p.capacity * kSegmentColumns;
-  const int64_t rank = row - segment[kSegmentBegin];
-  return rank >= 0 && rank < segment[kSegmentTracked];
+inline bool is_query_saved(const CacheWriteParams& p, int64_t row) {
+  const int32_t* segment = p.segments;
+  for (int64_t s = 0; s < p.num_segments && segment; ++s, segment += kSegmentColumns) {
+    const int64_t rank = row - segment[kSegmentBegin];
+    if (rank >= 0 && rank < segment[kSegmentTracked]) return true;
+  }
+  return !p.segments;
 }
 
 template <class T>
 inline void cache_write_row(const CacheWriteParams& p, int64_t row) {
   const int64_t dim = p.head_dim, q_width = p.num_heads * dim, kv_width = p.num_kv_heads * dim;
   const int64_t slot = p.rows[row];
-  if (is_query_saved(p, row, slot)) save_row<T>(p.q_cache, slot, row, q_width, p.q_old);
+  if (is_query_saved(p, row)) save_row<T>(p.q_cache, slot, row, q_width, p.q_old);
   save_row<T>(p.k_cache, slot, row, kv_width, p.k_old);
   if (slot < 0) return;
 

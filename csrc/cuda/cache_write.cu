@@ -79,12 +79,14 @@ __device__ void rotate_pairs(const CacheWriteParams& p, int row, int slot, int t
   cuda::store_pack(static_cast<T*>(cache) + at + half, right);
 }
 
-__device__ bool is_query_saved(const CacheWriteParams& p, int row, int slot) {
-  if (p.segments == nullptr) return true;
-  if (slot < 0) return false;
-  const int32_t* segment = p.segments + slot / static_cast<int>(p.capacity) * kSegmentColumns;
-  const int rank = row - segment[kSegmentBegin];
-  return rank >= 0 && rank < segment[kSegmentTracked];
+// All segments are asked, not the one of the row's slot, which would have to be known first.
+__device__ bool is_query_saved(const CacheWriteParams& p, int row) {
+  bool is_tracked = p.segments == nullptr;
+  for (int s = 0; s < p.num_segments && p.segments != nullptr; ++s) {
+    const int rank = row - p.segments[s * kSegmentColumns + kSegmentBegin];
+    is_tracked |= rank >= 0 && rank < p.segments[s * kSegmentColumns + kSegmentTracked];
+  }
+  return is_tracked;
 }
 
 // Six blocks an SM: 128 rows of LLaDA-8B are one wave.
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 6) cache_write_kernel(const CacheWri
   const int num_q = num_heads * dim / 2 / N, num_k = num_kv_heads * dim / 2 / N;
   int task = static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x);
   if (task < num_q) {
-    void* old = is_query_saved(p, row, slot) ? p.q_old : nullptr;
+    void* old = is_query_saved(p, row) ? p.q_old : nullptr;
     rotate_pairs<T, N>(p, row, slot, task, num_heads, 0, p.q_cache, old);
     return;
   }

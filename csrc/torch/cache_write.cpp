@@ -31,8 +31,7 @@ void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int6
   check.shape("q_old", q_old, {{"rows", num_rows}, {"heads", heads}, {"head_dim", head_dim}});
   check.shape("k_old", k_old, {{"rows", num_rows}, {"kv_heads", kv_heads}, {"head_dim", head_dim}});
   check.rope(head_dim, slots, capacity, rope.size(0));
-  check.shape("segments", segments,
-              {{"sequences", slots / capacity}, {"segment columns", kSegmentColumns}});
+  check.shape("segments", segments, {{"sequences"}, {"segment columns", kSegmentColumns}});
 
   check.indices("rows", rows, slots);
   if (segments) check.segments(*segments, num_rows, true);

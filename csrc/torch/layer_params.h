@@ -57,6 +57,7 @@ inline CacheWriteParams cache_write_params(
           .num_kv_heads = k_cache.size(1),
           .head_dim = q_cache.size(2),
           .capacity = capacity,
+          .num_segments = segments ? segments->size(0) : 0,
           .qkv_row_stride = qkv.stride(0),
           .qkv = input<void>(qkv),
           .rows = input<int32_t>(rows),

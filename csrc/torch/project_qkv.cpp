@@ -49,8 +49,7 @@ void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
   check.shape("hidden", hidden, {row_count, width});
   check.shape("qkv", qkv, {row_count, qkv_width});
   check.rope(head_dim.size, slots.size, capacity, rope.size(0));
-  check.shape("segments", segments,
-              {{"sequences", slots.size / capacity}, {"segment columns", kSegmentColumns}});
+  check.shape("segments", segments, {{"sequences"}, {"segment columns", kSegmentColumns}});
 
   if (!residual.is_cpu()) {  // a product stands between two kernels
     add_rms_norm(residual, delta, norm_weight, eps, hidden,

@@ -74,7 +74,7 @@ def cache_write(
     rows: Tensor,  # [R] int32 slots, -1 = skip
     rope: Tensor,  # [positions, D] float32: D/2 cosines, then D/2 sines
     capacity: int,
-    segments: Tensor | None,  # [N / C, 5] int32: save q of tracked rows alone
+    segments: Tensor | None,  # [S, 5] int32: save q of tracked rows alone
     q_cache: Tensor,  # [N, H, D] in and out
     k_cache: Tensor,  # [N, Hkv, D] in and out
     v_cache: Tensor,  # [N, Hkv, D] in and out
@@ -84,7 +84,7 @@ def cache_write(
     """Save the cached q and k of `rows`, then overwrite q, k (both rotated) and v there."""
     kept = rows >= 0
     slots = rows[kept].long()
-    is_saved = torch.ones_like(kept) if segments is None else _is_tracked(rows, segments, capacity)
+    is_saved = torch.ones_like(kept) if segments is None else _is_tracked(rows, segments)
     for old, cache, saved in ((q_old, q_cache, is_saved), (k_old, k_cache, torch.ones_like(kept))):
         if old is not None:
             old[saved] = 0
@@ -99,12 +99,11 @@ def cache_write(
     v_cache[slots] = v
 
 
-def _is_tracked(rows: Tensor, segments: Tensor, capacity: int) -> Tensor:
-    """Which rows [R] are among the tracked ones of their own sequence."""
+def _is_tracked(rows: Tensor, segments: Tensor) -> Tensor:
+    """Which rows [R] are among the tracked ones of a segment."""
     found = torch.zeros_like(rows, dtype=torch.bool)
-    for sequence, (begin, tracked, *_) in enumerate(segments.tolist()):
-        mine = slice(begin, begin + tracked)
-        found[mine] = (rows[mine] >= 0) & (rows[mine] // capacity == sequence)
+    for begin, tracked, *_ in segments.tolist():
+        found[begin : begin + tracked] = True
     return found
 
 
@@ -296,7 +295,7 @@ def project_qkv(
     rows: Tensor,  # [R] int32 slots, -1 = skip
     rope: Tensor,  # [positions, D] float32: D/2 cosines, then D/2 sines
     capacity: int,
-    segments: Tensor | None,  # [N / C, 5] int32
+    segments: Tensor | None,  # [S, 5] int32
     x_cache: Tensor | None,  # [N, d] in and out
     q_cache: Tensor,  # [N, H, D] in and out
     k_cache: Tensor,  # [N, Hkv, D] in and out

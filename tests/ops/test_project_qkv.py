@@ -165,7 +165,7 @@ def test_rejects(device: torch.device, rng: torch.Generator) -> None:
     case = make_case(rng, device, torch.float32, 9)
     check_rejects_malformed("project_qkv", case)
     short = ("delta", "norm_weight", "weight", "bias", "rows", "x_cache", "k_cache", "v_cache")
-    for name in (*short, "segments", "q_old", "k_old", "hidden", "qkv"):
+    for name in (*short, "q_old", "k_old", "hidden", "qkv"):
         assert_rejected("project_qkv", {**case, name: case[name][1:]}, name, "must be [")
     assert_rejected("project_qkv", {**case, "capacity": 0}, "capacity", "got 0")
     assert_rejected("project_qkv", {**case, "rope": case["rope"][:1]}, "rope", "got 1")

@@ -17,13 +17,14 @@ struct CacheWriteParams {
   int64_t num_kv_heads;  // Hkv
   int64_t head_dim;      // D, even
   int64_t capacity;      // C; position = slot % C
+  int64_t num_segments;  // S
 
   int64_t qkv_row_stride;  // elements between rows of qkv
   const void* qkv;         // [R, (H + 2 Hkv) * D] dtype: q heads, k heads, v heads
   const int32_t* rows;     // [R] slots, -1 = skip
   const float* rope;       // [positions, D]: D/2 cosines, then D/2 sines
 
-  const int32_t* segments;  // [N / C, kSegmentColumns], or null: every row's q is saved
+  const int32_t* segments;  // [S, kSegmentColumns], or null: every row's q is saved
   void* q_cache;            // [N, H, D] dtype
   void* k_cache;            // [N, Hkv, D] dtype
   void* v_cache;            // [N, Hkv, D] dtype

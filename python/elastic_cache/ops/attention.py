@@ -33,7 +33,7 @@ def cache_write(
         rows: int32 [R].
         rope: float32 [at least C, D], D/2 cosines, then D/2 sines of each position.
         capacity: C; position = slot % C.
-        segments: int32 [N / C, 5]: save queries of tracked rows alone; or None: of every row.
+        segments: int32 [S, 5]: save queries of tracked rows alone; or None: of every row.
         q_cache: in and out, model [N, H, D].
         k_cache: in and out, model [N, Hkv, D].
         v_cache: in and out, model [N, Hkv, D].

@@ -115,7 +115,7 @@ def project_qkv(
         rows: int32 [R].
         rope: float32 [at least C, D], as `cache_write` takes it.
         capacity: C; position = slot % C.
-        segments: int32 [N / C, 5] or None, as `cache_write` takes it.
+        segments: int32 [S, 5] or None, as `cache_write` takes it.
         x_cache: in and out, model [N, d], gets the new residual of the rows; or None.
         q_cache: in and out, model [N, H, D].
         k_cache: in and out, model [N, Hkv, D].

@@ -217,12 +217,14 @@ __global__ void __launch_bounds__(kNumThreads, kLogSumBlocksPerSm)
           given_log_sum(p, rows, rows.row(p, pass, lane), head);
     }
     __syncthreads();
-    copy_queries<D, kLogSumLanes>(p, sh.from, head, first, [&](int lane, int column) {
-      return &sh.queries[lane - first][column];
-    });
     LogSumState state;
     const int num_rows = first == kWindowLanes ? rows.num_window : rows.num_tracked;
     const int num_tiles = pass * kPassRows < num_rows ? tiles.count() : 0;
+    if (num_tiles > 0) {  // else nobody would wait for them
+      copy_queries<D, kLogSumLanes>(p, sh.from, head, first, [&](int lane, int column) {
+        return &sh.queries[lane - first][column];
+      });
+    }
     for (int tile = 0; tile < num_tiles; ++tile) {
       tiles.copy(tile, sh.keys);
       commit_copies();
@@ -235,7 +237,6 @@ __global__ void __launch_bounds__(kNumThreads, kLogSumBlocksPerSm)
                 p.scale * kLog2E);
       __syncthreads();  // the buffer is free
     }
-    wait_copies<0>();
     write_log_sums(at, state, sh.parts, sh.from + first,
                    layout.lse + lse_index(p, layout, layer, s, pass, head) + first);
   }

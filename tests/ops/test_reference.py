@@ -80,7 +80,7 @@ def test_cache_write_rotates_by_the_position(rng: torch.Generator) -> None:
     rope = torch.cat((angle.cos(), angle.sin()), -1)
     q, k, v = (random(rng, 24, 1, D) for _ in range(3))
     old, q_old, k_old = (q.clone(), k.clone()), random(rng, 4, 1, D), random(rng, 4, 1, D)
-    reference.cache_write(qkv, rows, rope, capacity, q, k, v, q_old, k_old)
+    reference.cache_write(qkv, rows, rope, capacity, None, q, k, v, q_old, k_old)
     for r, slot in enumerate(rows.tolist()):
         if slot < 0:
             assert not q_old[r].any() and not k_old[r].any()

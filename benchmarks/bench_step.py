@@ -29,7 +29,7 @@ from elastic_cache.config import GenerationConfig
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
 from elastic_cache.report import Report
-from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for
+from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for, capture_stream
 from harness import DTYPES, num_bytes, stream_rate, synchronise
 from shapes import SHAPES, random_model
 
@@ -112,8 +112,7 @@ def make_runner(model: Model, length: int, *, tests_drift: bool, capture: bool) 
         has_noise=False,
         eos_id=-1,
     )
-    captures = capture and model.device.type == "cuda"
-    runner = BenchRunner(model, shape, torch.cuda.Stream(model.device) if captures else None)
+    runner = BenchRunner(model, shape, capture_stream(model.device, capture))
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(3, model.config.vocab_size, (length,), generator=generator)
     masked = torch.arange(length) >= length - length // 3

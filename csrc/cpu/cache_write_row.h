@@ -43,8 +43,8 @@ inline void save_row(const void* cache, int64_t slot, int64_t row, int64_t width
 }
 
 inline bool is_query_saved(const CacheWriteParams& p, int64_t row) {
-  const int32_t* segment = p.segments;
-  for (int64_t s = 0; s < p.num_segments && segment; ++s, segment += kSegmentColumns) {
+  for (int64_t s = 0; s < p.num_segments; ++s) {
+    const int32_t* segment = p.segments + s * kSegmentColumns;
     const int64_t rank = row - segment[kSegmentBegin];
     if (rank >= 0 && rank < segment[kSegmentTracked]) return true;
   }

@@ -81,12 +81,13 @@ __device__ void rotate_pairs(const CacheWriteParams& p, int row, int slot, int t
 
 // All segments are asked, not the one of the row's slot, which would have to be known first.
 __device__ bool is_query_saved(const CacheWriteParams& p, int row) {
-  bool is_tracked = p.segments == nullptr;
-  for (int s = 0; s < p.num_segments && p.segments != nullptr; ++s) {
-    const int rank = row - p.segments[s * kSegmentColumns + kSegmentBegin];
-    is_tracked |= rank >= 0 && rank < p.segments[s * kSegmentColumns + kSegmentTracked];
+  bool is_saved = p.segments == nullptr;
+  for (int s = 0; s < p.num_segments; ++s) {
+    const int32_t* segment = p.segments + s * kSegmentColumns;
+    const int rank = row - segment[kSegmentBegin];
+    is_saved |= rank >= 0 && rank < segment[kSegmentTracked];
   }
-  return is_tracked;
+  return is_saved;
 }
 
 // Six blocks an SM: 128 rows of LLaDA-8B are one wave.

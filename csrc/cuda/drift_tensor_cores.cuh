@@ -1,10 +1,9 @@
 // drift_statistics on tensor cores, D = head_dim. Both kernels multiply a tile of 64 keys with
 // lanes of a pass, four warps with 16 keys each:
-//   log_sum     a block takes a head and 16 lanes of a kind and runs over the keys; where
+//   log_sum     a block takes a head and the 16 lanes of a kind and runs over the keys; where
 //               window_attention's sums are given, the old kind alone
-//   statistics  a block takes 64 keys and all lanes and runs over the heads, so that mass and
-//   cosines
-//               grow in registers
+//   statistics  a block takes 64 keys and all lanes and runs over the heads: mass and cosines grow
+//               in registers
 // Nothing is copied ahead: the other blocks of the SM fill the time.
 // The subtle thing: old lanes see overwritten keys as they were. The first kernel leaves those out
 // of the tiles of the cache and takes k_old as further tiles; in the second a thread's address of a
@@ -184,13 +183,8 @@ __device__ inline void write_log_sums(const Place& at, LogSumState& state,
   __syncthreads();
 }
 
-// The first lane of the kind whose sums a block computes, its blockIdx.x / heads. Given are those
-// of the other kinds, or none.
-__device__ inline int log_sum_lane(const DriftStatisticsParams& p, int kind) {
-  return p.lse != nullptr ? kOldLanes : kind * kPassRows;
-}
-
-// blockIdx = (kind * heads + head, sequence, layer).
+// blockIdx = (kind * heads + head, sequence, layer); the one kind is the old one where the others'
+// sums are given.
 template <int D>
 __global__ void __launch_bounds__(kNumThreads, kLogSumBlocksPerSm)
     log_sum_kernel(const DriftStatisticsParams p, const Layout layout) {
@@ -200,7 +194,8 @@ __global__ void __launch_bounds__(kNumThreads, kLogSumBlocksPerSm)
   wait_for_previous();
   const int num_heads = static_cast<int>(p.num_heads);
   const int head = static_cast<int>(blockIdx.x) % num_heads;
-  const int first = log_sum_lane(p, static_cast<int>(blockIdx.x) / num_heads);
+  const int kind = static_cast<int>(blockIdx.x) / num_heads;
+  const int first = p.lse != nullptr ? kOldLanes : kind * kPassRows;
   const int s = static_cast<int>(blockIdx.y), layer = static_cast<int>(blockIdx.z);
   const Sequence q(p, layer, s);
   const KeyTiles<D>& tiles = sh.tiles;

@@ -32,7 +32,14 @@ from elastic_cache.report import (
     STATUS_MASKED,
     STATUS_NOT_FINITE,
 )
-from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for, runner_bytes
+from elastic_cache.runner import (
+    Runner,
+    RunnerShape,
+    Start,
+    capacity_for,
+    capture_stream,
+    runner_bytes,
+)
 from elastic_cache.types import Generation, Message, Step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -144,9 +151,7 @@ class RunnerPool:
 
     def __init__(self, model: Model, capture: bool) -> None:
         self._model = model
-        # One for all runners: the vendor's products keep a workspace for every stream.
-        captures = capture and model.device.type == "cuda"
-        self._capture_stream = torch.cuda.Stream(model.device) if captures else None
+        self._capture_stream = capture_stream(model.device, capture)
         self._idle: list[Runner] = []
 
     def take(self, shape: RunnerShape) -> Runner:

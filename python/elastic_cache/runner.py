@@ -68,6 +68,14 @@ def capacity_for(length: int, model: Model) -> int:
     return max(length, min(rounded, model.config.max_length))
 
 
+def capture_stream(device: torch.device, capture: bool) -> torch.cuda.Stream | None:
+    """Where runners capture their steps, if they are to and can.
+
+    One for all runners of an engine: the vendor's products keep a workspace for every stream.
+    """
+    return torch.cuda.Stream(device) if capture and device.type == "cuda" else None
+
+
 def runner_bytes(model: Model, shape: RunnerShape) -> int:
     """Device memory that a runner's caches and buffers will take."""
     meta = torch.device("meta")

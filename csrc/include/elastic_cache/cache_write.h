@@ -17,7 +17,7 @@ struct CacheWriteParams {
   int64_t num_kv_heads;  // Hkv
   int64_t head_dim;      // D, even
   int64_t capacity;      // C; position = slot % C
-  int64_t num_segments;  // S
+  int64_t num_segments;  // S; 0 without segments
 
   int64_t qkv_row_stride;  // elements between rows of qkv
   const void* qkv;         // [R, (H + 2 Hkv) * D] dtype: q heads, k heads, v heads

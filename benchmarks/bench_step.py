@@ -7,7 +7,8 @@ the next rows, read-back; wall time on the host, GPU idle before it. Rows of a s
 2 committed, up to 12 tracked (the embedded model's 32 layers choose 12 different ones on average;
 --tracked), the rest lookahead. Before every step the state is put back (not
 timed), so that every step does the same work. The caches hold what a full pass left, never zeros.
-Refreshes are forced at a layer; everything else is as it is in a request.
+Refreshes are forced at a layer; everything else is as it is in a request. Policies `rolling` and
+`none` are timed from the same tokens, with the same window to decode.
 """
 
 from __future__ import annotations
@@ -100,15 +101,29 @@ class BenchRunner(Runner):
         return restore
 
 
-def make_runner(model: Model, length: int, *, tests_drift: bool, capture: bool) -> BenchRunner:
+ELASTIC = CacheNeeds(keys_values=True, queries=True, inputs=True)
+ROLLING = CacheNeeds(keys_values=True, queries=False, inputs=False)
+NONE = CacheNeeds(keys_values=False, queries=False, inputs=False)
+
+
+def make_runner(
+    model: Model,
+    length: int,
+    *,
+    needs: CacheNeeds = ELASTIC,
+    tests_drift: bool = False,
+    rolling_rows: int = 0,
+    capture: bool = True,
+) -> BenchRunner:
     """A runner after its full step, a third of the sequence still masked."""
     shape = RunnerShape(
         capacity=capacity_for(length, model),
-        needs=CacheNeeds(keys_values=True, queries=True, inputs=True),
+        needs=needs,
         num_candidates=WINDOW,
-        track_num=1,
+        track_num=rolling_rows or 1,
         selects_rows=True,
         tests_drift=tests_drift,
+        is_rolling=rolling_rows > 0,
         has_noise=False,
         eos_id=-1,
     )
@@ -118,7 +133,7 @@ def make_runner(model: Model, length: int, *, tests_drift: bool, capture: bool) 
     masked = torch.arange(length) >= length - length // 3
     ids[masked] = model.config.mask_id
     settings = GenerationConfig(window=WINDOW, gamma=NEVER, gen_length=int(masked.sum()))
-    runner.start(Start(ids, masked, WINDOW, 0, settings))
+    runner.start(Start(ids, masked, WINDOW, 0, rolling_rows, settings))
     runner.launch(Plan(True, length, WINDOW))
     runner.finish()
     return runner
@@ -177,9 +192,7 @@ def measure_length(
     """All cells of one sequence length."""
     timings: list[Timing] = []
     device, depth, few = model.device, model.config.num_layers, max(steps // 10, 10)
-    runner, untested = (
-        make_runner(model, length, tests_drift=tests, capture=True) for tests in (True, False)
-    )
+    runner, untested = (make_runner(model, length, tests_drift=tests) for tests in (True, False))
 
     def add(num_steps: int, *cells: Cell) -> None:
         for timing in time_steps(list(cells), length, num_steps, device):
@@ -199,6 +212,14 @@ def measure_length(
     runner.forced_layer = None
     add(few, Cell("full step", runner, Plan(True, length, WINDOW)))
     del runner, untested
+    none = make_runner(model, length, needs=NONE)
+    for count in (count for count in rows if WINDOW < count <= length):
+        rolling = make_runner(model, length, needs=ROLLING, rolling_rows=count)
+        add(
+            steps,
+            Cell("rolling", rolling, Plan(False, count, WINDOW)),
+            Cell("none, in turns with it", none, Plan(True, length, WINDOW)),
+        )
     eager = make_runner(model, length, tests_drift=True, capture=False)
     add(10, Cell("window step, eager", eager, eager.set_lists(rows[0])))
     return timings
@@ -228,7 +249,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def measure_peer(checkout: Path, model: Model, length: int, steps: int) -> list[Timing]:
     """Fast-dLLM's dual-cache block step of 32 rows, all of them masked and half of them."""
-    from peers.fast_dllm import FastDLLM
+    from elastic_cache.lab.fast_dllm import FastDLLM
 
     peer = FastDLLM(checkout, model.config, model.weights, model.device)
     timings = []

@@ -54,6 +54,7 @@ SELECTION: dict[str, tuple[str, ...]] = {
     "output_mlp": (r"rows\[.*float32-17\]", r"streamed_weights\[.*-(17|65)\]"),
     "project_qkv": (r"rows\[.*-17\]", r"all_rows_skipped\["),
     "refresh_rows": (r"sizes\[.*-(65|5000)\]", r"exactly_full.*\["),
+    "rolling_rows": (r"sizes\[.*-(65|4096)\]", r"budgets\[.*-17\]"),
     "select_rows": (r"sizes\[.*-(65|4096)\]", r"windows\[.*-17\]", r"exactly_full.*\["),
     "swiglu": (r"rows\[.*-(0|9)\]", r"widths\[.*-(7|12288)\]"),
     "token_confidence": (r"rows\[.*-3\]", r"vocabularies\[.*-(17|1000)\]", r"no_possible_token\["),

@@ -8,6 +8,9 @@
 
 STABLE_TORCH_LIBRARY(elastic_cache, m) {
   m.def(
+      "rolling_rows(Tensor masked, Tensor committed, Tensor window, Tensor num_rows, "
+      "Tensor key_range, Tensor(a!) age, Tensor(b!) chosen) -> ()");
+  m.def(
       "select_rows(Tensor masked, Tensor committed, Tensor tracked, Tensor window, "
       "Tensor lookahead, Tensor(a!) rows, Tensor(b!) segments, Tensor(c!) window_rows) -> ()");
   m.def(
@@ -59,6 +62,7 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
 template <class Library>
 static void implement(Library& m) {
   namespace ops = elastic_cache::ops;
+  m.impl("rolling_rows", TORCH_BOX(&ops::rolling_rows));
   m.impl("select_rows", TORCH_BOX(&ops::select_rows));
   m.impl("refresh_rows", TORCH_BOX(&ops::refresh_rows));
   m.impl("cache_write", TORCH_BOX(&ops::cache_write));

@@ -10,6 +10,9 @@ namespace elastic_cache::ops {
 
 using torch::stable::Tensor;
 
+void rolling_rows(const Tensor& masked, const Tensor& committed, const Tensor& window,
+                  const Tensor& num_rows, const Tensor& key_range, const Tensor& age,
+                  const Tensor& chosen);
 void select_rows(const Tensor& masked, const Tensor& committed, const Tensor& tracked,
                  const Tensor& window, const Tensor& lookahead, const Tensor& rows,
                  const Tensor& segments, const Tensor& window_rows);

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-POLICIES = ("none", "prefix", "dual", "elastic")
+POLICIES = ("none", "prefix", "dual", "elastic", "rolling")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class GenerationConfig:
     track_num: int = 1
     block_caching: bool = True
     block_length: int = 32
+    num_rows: int = 64
     tokens_per_step: int | None = None
     steps: int | None = None
     factor: float | None = None
@@ -66,7 +67,7 @@ class GenerationConfig:
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         _whole("gen_length", self.gen_length, least=0)
-        for name in ("window", "track_num", "block_length"):
+        for name in ("window", "track_num", "block_length", "num_rows"):
             _whole(name, getattr(self, name), least=1)
         for name in ("tokens_per_step", "steps"):
             if getattr(self, name) is not None:
@@ -85,6 +86,15 @@ class GenerationConfig:
         given = [n for n in ("tokens_per_step", "steps", "factor") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are different commit rules: give one of them")
+        if self.policy == "rolling" and self.num_rows < self.window:
+            raise ValueError(
+                f"num_rows must be at least the window of {self.window}, got {self.num_rows}"
+            )
+        if self.policy == "rolling" and not self.block_caching:
+            raise ValueError(
+                "block_caching=False works with policy elastic only; rolling refreshes the masked "
+                "positions outside the window as it does all others"
+            )
         if self.steps is not None and self.policy not in ("prefix", "dual"):
             raise ValueError(
                 "steps (Fast-dLLM's fixed number of steps) works with policy prefix or dual only; "

@@ -45,7 +45,7 @@ from elastic_cache.types import Generation, Message, Step
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-_MAX_IDLE_RUNNERS = 4
+_MAX_IDLE_RUNNERS = 8
 """Requests of so many lengths or kinds take turns without capturing their steps anew."""
 
 
@@ -88,7 +88,7 @@ class Engine:
                 (`[{"role": "user", "content": "..."}]`), or token ids, used as they are. Ids may
                 contain the mask id: those positions are filled in (infilling).
             gen_length: masked positions appended to the prompt (default 512).
-            policy: "elastic" (default), "none", "prefix" or "dual".
+            policy: "elastic" (default), "none", "prefix", "dual" or "rolling".
             window: leftmost masked positions decoded per step (default 16).
             gamma: drift threshold of `elastic`; a mean cosine below it refreshes (default 0.9).
                 Above 1 every step refreshes, at 0 or below none does.
@@ -98,6 +98,8 @@ class Engine:
             block_caching: False computes every masked position in every step, not only the
                 window's (default True).
             block_length: block size of `prefix` and `dual` (default 32).
+            num_rows: rows that `rolling` computes in every step, the window among them
+                (default 64).
             tokens_per_step: commit exactly this many best candidates a step instead.
             steps: Fast-dLLM's fixed number of steps (`prefix` and `dual`) instead.
             factor: Fast-dLLM's factor rule instead.
@@ -138,9 +140,10 @@ def runner_shape(
         capacity=capacity_for(length, model),
         needs=policy.needs,
         num_candidates=policy.num_candidates,
-        track_num=settings.track_num,
+        track_num=policy.num_rows or settings.track_num,
         selects_rows=policy.window > 0,
         tests_drift=policy.tests_drift,
+        is_rolling=policy.num_rows > 0,
         has_noise=settings.temperature > 0,
         eos_id=model.config.eos_id if policy.drops_tail_at_eos else -1,
     )
@@ -198,9 +201,12 @@ class Request:
         self._ids: list[int] = prompt.ids.tolist()
         policy = make_policy(prompt.masked.tolist(), settings, model.config.eos_id)
         self._policy = policy
+        self._tracks = policy.tests_drift or policy.num_rows > 0
         self._runners = runners
         self._runner = runners.take(runner_shape(model, policy, settings, len(prompt.ids)))
-        start = Start(prompt.ids, prompt.masked, policy.window, policy.lookahead, settings)
+        start = Start(
+            prompt.ids, prompt.masked, policy.window, policy.lookahead, policy.num_rows, settings
+        )
         self._report = self._runner.start(start)
         self._runs_ahead = model.device.type != "cpu"
         self._num_steps = 0
@@ -288,10 +294,18 @@ class Request:
             committed=committed,
             tokens=tokens,
             confidence=[confidence[i] for i in hits],
-            tracked=_positions(report.tracked) if self._policy.tests_drift else [],
+            tracked=_positions(report.tracked) if self._tracks else [],
+            similarity=self._similarity(first_full),
             num_rows=launched.num_rows,
             num_masked=status[STATUS_MASKED],
         )
+
+    def _similarity(self, first_full: int) -> list[float]:
+        """What the drift test found in the layers it reached."""
+        if not self._policy.tests_drift or first_full < 0:
+            return []
+        similarity: list[float] = self._report.similarity[:first_full].flatten().tolist()
+        return similarity
 
     def _finish(self) -> Generation:
         """Fills the tail after EOS and counts what was generated before it."""

@@ -51,6 +51,31 @@ def select_rows(
     _fill_padded("select_rows", "window_rows", window_rows, decoded)
 
 
+def rolling_rows(
+    masked: Tensor,  # [S, C] bool
+    committed: Tensor,  # [S, C] bool
+    window: Tensor,  # [S] int32
+    num_rows: Tensor,  # [S] int32
+    key_range: Tensor,  # [S, 2] int32
+    age: Tensor,  # [S, C] int32 in and out
+    chosen: Tensor,  # [S, k] int32 out
+) -> None:
+    """Which cached positions are computed anew: the oldest that fit beside all other rows."""
+    for s in range(masked.shape[0]):
+        begin, end = key_range[s].tolist()
+        fresh = [p for p in _positions(committed[s]) if begin <= p < end]
+        masks = [p for p in _positions(masked[s]) if begin <= p < end and not committed[s, p]]
+        computed = {*fresh, *masks[: int(window[s])]}
+        others = [p for p in range(begin, end) if p not in computed]
+        budget = min(max(int(num_rows[s]) - len(computed), 0), chosen.shape[1])
+        ages: list[int] = age[s].tolist()
+        oldest = sorted(others, key=lambda p: (-ages[p], p))[:budget]
+        for p in range(begin, end):
+            is_computed = p in computed or p in oldest
+            age[s, p] = 0 if is_computed else min(ages[p] + 1, torch.iinfo(age.dtype).max)
+        _fill_padded("rolling_rows", "chosen", chosen[s], sorted(oldest))
+
+
 def refresh_rows(
     first_full_layer: Tensor,  # [S] int32
     key_range: Tensor,  # [S, 2] int32

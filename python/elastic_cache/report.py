@@ -20,15 +20,16 @@ SEGMENT_WINDOW = 3
 
 @dataclass(frozen=True)
 class Report:
-    """S sequences, L layers, W candidates at most, k tracked tokens per layer."""
+    """S sequences, L layers, W candidates at most, k tracked positions in each of some lists."""
 
     confidence: torch.Tensor  # float64 [W] of the candidates decoded in this step
+    similarity: torch.Tensor  # float64 [L, S] mean cosine of the drift test of every layer
     token: torch.Tensor  # int64 [W] likewise
     first_full_layer: torch.Tensor  # int32 [S] first layer the drift test sent to full mode, or L
     status: torch.Tensor  # int32 [S, 4] what the commit reports
     segments: torch.Tensor  # int32 [S, 5] kinds of the rows listed for the next step
     candidates: torch.Tensor  # int32 [W] slots to decode in the next step, padded with -1
-    tracked: torch.Tensor  # int32 [L, S, k] positions chosen in this step, -1 = none
+    tracked: torch.Tensor  # int32 [lists, S, k] positions chosen in this step, -1 = none
     is_committed: torch.Tensor  # bool [W] which candidates of this step became text
 
 
@@ -37,7 +38,8 @@ class ReportBlock:
 
     Args:
         device: where the operators run.
-        num_sequences, num_layers, num_candidates, track_num: S, L, W, k.
+        num_sequences, num_layers, num_candidates: S, L, W.
+        tracked_lists, track_num: lists of tracked positions, and the k of each.
     """
 
     def __init__(
@@ -46,17 +48,19 @@ class ReportBlock:
         num_sequences: int,
         num_layers: int,
         num_candidates: int,
+        tracked_lists: int,
         track_num: int,
     ) -> None:
         s, w = num_sequences, num_candidates
         self._layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "confidence": (torch.float64, (w,)),
+            "similarity": (torch.float64, (num_layers, s)),
             "token": (torch.int64, (w,)),
             "first_full_layer": (torch.int32, (s,)),
             "status": (torch.int32, (s, NUM_STATUS)),
             "segments": (torch.int32, (s, NUM_SEGMENTS)),
             "candidates": (torch.int32, (w,)),
-            "tracked": (torch.int32, (num_layers, s, track_num)),
+            "tracked": (torch.int32, (tracked_lists, s, track_num)),
             "is_committed": (torch.bool, (w,)),
         }
         assert list(self._layout) == [field.name for field in fields(Report)]

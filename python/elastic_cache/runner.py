@@ -45,6 +45,7 @@ class RunnerShape:
     track_num: int
     selects_rows: bool
     tests_drift: bool
+    is_rolling: bool
     has_noise: bool
     eos_id: int
 
@@ -57,6 +58,7 @@ class Start:
     masked: torch.Tensor
     window: int
     lookahead: int
+    num_rows: int
     settings: GenerationConfig
 
 
@@ -111,7 +113,10 @@ class Runner:
         self.shape = shape
         self._depth = depth
         self._is_padded = device.type != "cpu"
-        self._report = ReportBlock(device, 1, depth, shape.num_candidates, shape.track_num)
+        tracked_lists = 1 if shape.is_rolling else depth
+        self._report = ReportBlock(
+            device, 1, depth, shape.num_candidates, tracked_lists, shape.track_num
+        )
         report = self._report.device
         self._state = DecodeState.allocate(report, shape.capacity)
         self._lists = RowLists.allocate(report, _max_rows(shape))
@@ -132,6 +137,7 @@ class Runner:
         self._state.start(start.ids, start.masked)
         self._lists.window.fill_(start.window)
         self._lists.lookahead.fill_(start.lookahead)
+        self._lists.num_rows.fill_(start.num_rows)
         self._decoder.start(start.settings)
         self._rule.start(start.settings)
         if self._drift is not None:
@@ -196,6 +202,8 @@ class Runner:
 
     def _run_full(self, first: int, num_candidates: int) -> None:
         lists, state = self._lists, self._state
+        if self.shape.is_rolling:
+            state.age.zero_()
         candidates = lists.candidates[:num_candidates]
         self._forward.run_full(
             first, self._length, candidates, lists.window_segments, state, self._drift
@@ -242,6 +250,16 @@ class Runner:
     def _select_rows(self) -> None:
         """Lists the rows of the next step."""
         state, lists = self._state, self._lists
+        if self.shape.is_rolling:
+            ops.rolling_rows(
+                state.masked,
+                state.committed,
+                lists.window,
+                lists.num_rows,
+                state.key_range,
+                state.age,
+                state.tracked[0],
+            )
         ops.select_rows(
             state.masked,
             state.committed,

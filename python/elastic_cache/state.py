@@ -2,8 +2,9 @@
 
 Everything lives on the device at fixed addresses, so that ops decide without asking the host and a
 captured step finds its data. Only the commit changes `tokens`, `masked`, `committed` and
-`eos_position`; only the drift decision changes `tracked` and lowers `first_full_layer`; only the
-row selection changes the lists.
+`eos_position`; only the drift decision lowers `first_full_layer`; only it, or the choice of the
+oldest rows in its place, changes `tracked`; only that choice changes `age`; only the row selection
+changes the lists.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from elastic_cache.report import NUM_SEGMENTS, Report
 
 @dataclass(frozen=True)
 class DecodeState:
-    """S sequences of C positions; L layers; k tracked tokens per layer."""
+    """S sequences of C positions; L layers; k tracked tokens per layer.
+
+    Policy `rolling` tracks nothing: its `tracked` is one list [1, S, k] for all layers, of the
+    positions to be computed anew.
+    """
 
     tokens: torch.Tensor  # int64 [S, C]
     masked: torch.Tensor  # bool [S, C] still to be decoded; a state of its own, not token == mask
@@ -25,6 +30,8 @@ class DecodeState:
     key_range: torch.Tensor  # int32 [S, 2] first and one-past-last position
     eos_position: torch.Tensor  # int32 [S] the EOS that cut the tail, -1 before that
     tracked: torch.Tensor  # int32 [L, S, k] positions chosen in the previous step, -1 = none
+    similarity: torch.Tensor  # float64 [L, S] what the drift test of the last step found
+    age: torch.Tensor  # int32 [S, C] steps since a position was computed; of policy rolling alone
     first_full_layer: torch.Tensor  # int32 [S] L until a drift test fails
     status: torch.Tensor  # int32 [S, 4] what the last commit reports
 
@@ -39,6 +46,8 @@ class DecodeState:
             key_range=torch.zeros(count, 2, dtype=torch.int32, device=device),
             eos_position=torch.zeros(count, dtype=torch.int32, device=device),
             tracked=report.tracked,
+            similarity=report.similarity,
+            age=torch.zeros(count, capacity, dtype=torch.int32, device=device),
             first_full_layer=report.first_full_layer,
             status=report.status,
         )
@@ -49,6 +58,7 @@ class DecodeState:
         self.tokens.zero_()[0, :length] = ids.to(self.tokens.device)
         self.masked.zero_()[0, :length] = masked.to(self.masked.device)
         self.committed.zero_()
+        self.age.zero_()
         self.key_range.copy_(torch.tensor([[0, length]], dtype=torch.int32))
         self.eos_position.fill_(-1)
         self.tracked.fill_(-1)
@@ -66,6 +76,7 @@ class RowLists:
     window_segments: torch.Tensor  # int32 [S, 5] kinds of `candidates` as a row list of its own
     window: torch.Tensor  # int32 [S] masked positions decoded per step
     lookahead: torch.Tensor  # int32 [S] further masked positions computed, not decoded
+    num_rows: torch.Tensor  # int32 [S] rows of a step in all, of policy rolling alone
 
     @classmethod
     def allocate(cls, report: Report, num_slots: int) -> RowLists:
@@ -82,6 +93,7 @@ class RowLists:
             window_segments=int32(count, NUM_SEGMENTS),
             window=int32(count),
             lookahead=int32(count),
+            num_rows=int32(count),
         )
 
 
@@ -107,7 +119,7 @@ class DriftTest:
         depth, shape, device = len(state.tracked), state.tokens.shape, state.tokens.device
         self.gamma = torch.zeros(shape[0], dtype=torch.float64, device=device)
         self.mass = torch.zeros(depth, *shape, dtype=torch.float32, device=device)
-        self.similarity = torch.zeros(depth, shape[0], dtype=torch.float64, device=device)
+        self.similarity = state.similarity
         self.layers = tuple(
             LayerDrift(
                 self.mass[index],

@@ -26,7 +26,10 @@ class Step:
         committed: positions committed in this step, ascending.
         tokens: the token ids committed there, in the order of `committed`.
         confidence: the model's probability of each of them, in the same order.
-        tracked: positions chosen in this step, to be recomputed in the next, ascending.
+        tracked: positions chosen in this step, to be recomputed in the next, ascending: by the
+            attention of every layer (elastic), or as the oldest ones (rolling).
+        similarity: what the drift test found, a mean cosine for each layer before
+            `first_full_layer`; empty where nothing was tested.
         num_rows: rows computed per reuse layer.
         num_masked: positions still masked after this step.
     """
@@ -37,6 +40,7 @@ class Step:
     tokens: list[int]
     confidence: list[float]
     tracked: list[int]
+    similarity: list[float]
     num_rows: int
     num_masked: int
 

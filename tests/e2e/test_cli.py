@@ -18,8 +18,11 @@ from typing import Any
 import elastic_cache
 import pytest
 from checkpoints import ABSENT, write_checkpoint
-from elastic_cache.cli import bench, main, overhead
+from elastic_cache.cli import main, overhead
 from elastic_cache.config import GenerationConfig
+from elastic_cache.lab.answers import Answer
+from elastic_cache.lab.session import Session, Turn
+from elastic_cache.problems import HELD_OUT_SEED
 from safetensors.torch import load_file, save_file
 
 PACKAGE = Path(elastic_cache.__file__).parent
@@ -144,7 +147,10 @@ def test_prompt_from_standard_input(
         (["--threshold", "nan"], ["threshold must be a number, got nan"]),
         (["--threshold", "1.5"], ["threshold must be between 0 and 1, got 1.5"]),
         (["--temperature", "-1"], ["temperature must be at least 0"]),
-        (["--policy", "fast"], ["policy must be one of none, prefix, dual, elastic", "'fast'"]),
+        (
+            ["--policy", "fast"],
+            ["policy must be one of none, prefix, dual, elastic, rolling", "'fast'"],
+        ),
         (["--steps", "4"], ["steps", "prefix or dual"]),
         (["--steps", "5", "--policy", "dual", "--block-length", "8"], ["steps must be", "got 5"]),
         (["--factor", "1", "--tokens-per-step", "2"], ["tokens_per_step and factor"]),
@@ -259,10 +265,18 @@ def test_wrong_configs(
         (["info"], ["required: MODEL"]),
         (["info", "no such model"], ["'no such model' is no existing folder"]),
         (["bench", "--policies", "none,fast"], ["policy must be one of", "'fast'"]),
-        (["bench", "--policies", "none,none"], ["policies must name each policy once"]),
+        (["bench", "--policies", "none,none"], ["policies must name each cell once"]),
         (["bench", "--problems", "0"], ["problems must be at least 1"]),
         (["bench", "--repeat", "0"], ["repeat must be at least 1"]),
         (["bench", "--json", "/no/such/folder/x"], ["json must name a file in an existing folder"]),
+        (["bench", "--shard", "3/2"], ["shard must be I/N with 1 <= I <= N, got '3/2'"]),
+        (["bench", "--shard", "1/2"], ["shard needs --out"]),
+        (["bench", "--inflate", "gpt"], ["inflate must be llada-8b, got 'gpt'"]),
+        (["bench", "--policies", "fast-dllm"], ["need --fast-dllm FOLDER"]),
+        (
+            ["bench", "--policies", "fast-dllm", "--fast-dllm", "/no/such"],
+            ["must be a folder", "git clone"],
+        ),
         (["bench", "--overhead", "--device", "cuda"], ["overhead", "device cpu only"]),
     ],
     ids=lambda value: " ".join(value),
@@ -359,59 +373,83 @@ def test_doctor_without_torch() -> None:
 # bench
 
 
+BENCH = ["--gen-length", "24", "--problems", "2", "--window", "8"]
+
+
 def test_bench(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "report.json"
-    settings = ["--gen-length", "24", "--problems", "2", "--repeat", "2", "--window", "8"]
-    argv = ["bench", "--model", model, "--policies", "none,elastic", *settings]
-    assert main([*argv, "--json", str(file)]) == 0
+    argv = ["bench", "--model", model, "--policies", "none,elastic:gamma=0.5", *BENCH]
+    assert main([*argv, "--repeat", "2", "--json", str(file)]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[1].split()[:4] == ["policy", "tokens", "forwards", "tok/fwd"]
-    assert [line.split()[0] for line in table[2:]] == ["none", "elastic"]
+    assert table[1].split()[:3] == ["cell", "correct", "tok/s"]
+    assert [line.split()[0] for line in table[2:]] == ["none", "elastic:gamma=0.5"]
     report = json.loads(file.read_text())
     assert os.listdir(tmp_path) == ["report.json"]
-    none, elastic = report["arms"]
-    assert (none["policy"], none["speed_up"], elastic["policy"]) == ("none", 1.0, "elastic")
-    assert elastic["speed_up"] == elastic["tokens_per_second"] / none["tokens_per_second"]
-    assert report["settings"]["window"] == 8 and report["environment"]["torch"]
+    none, elastic = report["cells"]
+    assert elastic["agreement"]["reference"] == "none"
+    assert report["run"]["cells"]["elastic:gamma=0.5"]["gamma"] == 0.5
+    assert report["run"]["cells"]["none"]["window"] == 8 and report["machines"][0]["torch"]
     engine = elastic_cache.load(model)
     results = [
         engine.generate(question, gen_length=24, window=8, policy="none")
-        for question, _ in elastic_cache.problems.problems(1, 2)
+        for question, _ in elastic_cache.problems.problems(HELD_OUT_SEED, 2)
     ]
     assert none["num_tokens"] == sum(result.num_tokens for result in results)
-    assert none["nfe"] == sum(result.nfe for result in results)
+    assert none["nfe"] == sum(result.nfe for result in results) / 2
 
 
 def test_bench_json_alone(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--gen-length", "8", "--problems", "1", "--policies", "dual", "--json"]
     assert main(["bench", "--model", model, *settings]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["arms"][0]["speed_up"] is None
+    assert report["ratios"] == {"dual": {}}
 
 
-def test_bench_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = []
-    monkeypatch.setattr(bench, "_warm_up", lambda *args: None)
-    monkeypatch.setattr(bench, "answer_once", lambda e, q, a, s: order.append((q, s.policy)))
-    policies = {name: GenerationConfig(policy=name) for name in ("none", "dual")}
-    bench._alternate(SimpleNamespace(), [("p", ""), ("q", "")], policies, 2)  # type: ignore
-    once = [("p", "none"), ("p", "dual"), ("q", "none"), ("q", "dual")]
-    assert order == once * 2
+def test_bench_goes_on_where_it_stopped(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    argv = ["bench", "--model", model, "--policies", "none,rolling:num_rows=20", *BENCH]
+    argv += ["--out", str(out)]
+    answered = Session.answer
+    count = 0
+
+    def interrupted(self: Session, turn: Turn) -> Answer:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return answered(self, turn)
+
+    monkeypatch.setattr(Session, "answer", interrupted)
+    assert main(argv) == 130
+    kept = (out / "answers.jsonl").read_text()
+    assert main(argv) == 0
+    assert (out / "answers.jsonl").read_text().startswith(kept)
+    # Two cold answers and one were kept; then two cold ones again and the three that were left.
+    assert count == 4 + 5
+    page, report = (out / "report.md").read_text(), json.loads((out / "report.json").read_text())
+    assert [cell["num_problems"] for cell in report["cells"]] == [2, 2]
+    assert "| rolling:num_rows=20 |" in page and str(tmp_path) not in page
+    monkeypatch.setattr("elastic_cache.engine.load", None)  # nothing is left that needs it
+    before = capsys.readouterr().out.splitlines()
+    assert main(argv) == 0
+    assert capsys.readouterr().out.splitlines() == before
+    assert main([*argv, "--problems", "3"]) == 2
+    assert "another run, whose problems is 2 and not 3" in capsys.readouterr().err
 
 
-def make_run(seconds: float, tokens: int = 10, is_correct: bool = True) -> bench.Run:
-    steps = (seconds / 4,) * 3 + (seconds / 4 * 2,)
-    return bench.Run(tokens, 4, 0.5, seconds, is_correct, steps)
-
-
-def test_bench_takes_the_median_run_of_each_problem() -> None:
-    slow = [[make_run(9.0), make_run(4.0), make_run(5.0)], [make_run(3.0, 20, False)]]
-    none, dual = bench.summarize({"none": slow, "dual": [[make_run(1.0)], [make_run(1.0)]]})
-    assert (none.seconds, none.num_tokens, none.nfe) == (8.0, 30, 8)
-    assert (none.tokens_per_second, none.speed_up) == (30 / 8, 1.0)
-    assert (none.num_correct, none.num_problems, none.update_frequency) == (1, 2, 0.5)
-    assert dual.speed_up == pytest.approx((20 / 2) / (30 / 8))
-    assert (dual.step_ms_p50, dual.step_ms_p95) == (250.0, 500.0)
+def test_bench_shards_meet(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "--model", model, "--policies", "none", *BENCH, "--out", str(tmp_path)]
+    for shard in ("1/2", "2/2"):
+        assert main([*argv, "--shard", shard]) == 0
+    capsys.readouterr()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["cells"][0]["num_problems"] == 2
+    assert sorted(path.name for path in tmp_path.glob("answers*")) == [
+        "answers-1-of-2.jsonl",
+        "answers-2-of-2.jsonl",
+    ]
 
 
 def test_overhead_is_bracketed(model: str) -> None:

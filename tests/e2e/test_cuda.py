@@ -60,7 +60,9 @@ def start(model: Model, question: str, ops: ModuleType) -> tuple[Pupil, Start]:
     prompt = encode_prompt(model, question, SETTINGS.gen_length)
     policy = make_policy(prompt.masked.tolist(), SETTINGS, model.config.eos_id)
     shape = runner_shape(model, policy, SETTINGS, len(prompt.ids))
-    begin = Start(prompt.ids, prompt.masked, policy.window, policy.lookahead, SETTINGS)
+    begin = Start(
+        prompt.ids, prompt.masked, policy.window, policy.lookahead, policy.num_rows, SETTINGS
+    )
     return Pupil(Runner(model, shape, capture_stream=None), ops), begin
 
 
@@ -223,6 +225,7 @@ def _widened(model: Model):
         dict(policy="elastic", gamma=2.0),
         dict(policy="elastic", gamma=0.95, temperature=0.7, seed=3),
         dict(policy="elastic", gamma=0.9, block_caching=False),
+        dict(policy="rolling", num_rows=40),
         dict(policy="none"),
         dict(policy="dual"),
         dict(policy="prefix", block_length=16),

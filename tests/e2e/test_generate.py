@@ -10,7 +10,7 @@ import pytest
 import torch
 from elastic_cache.engine import Engine
 
-POLICIES = ("none", "prefix", "dual", "elastic")
+POLICIES = ("none", "prefix", "dual", "elastic", "rolling")
 QUESTION = (
     "Ava has 12 apples. Then Ava buys 30 more apples. Then Ava gives half of the apples to a "
     "friend. How many apples does Ava have now?"

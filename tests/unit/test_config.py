@@ -8,7 +8,10 @@ import pytest
 from elastic_cache.config import GenerationConfig, ModelConfig
 
 BAD = [
-    ({"policy": "magic"}, "policy must be one of none, prefix, dual, elastic, got 'magic'"),
+    (
+        {"policy": "magic"},
+        "policy must be one of none, prefix, dual, elastic, rolling, got 'magic'",
+    ),
     ({"window": 0}, "window must be at least 1, got 0"),
     ({"window": 2.5}, "window must be a whole number, got 2.5"),
     ({"window": True}, "window must be a whole number, got True"),

@@ -130,7 +130,7 @@ class FakeRequest:
             position = 2 + index
             self._shown[position] = self._ids[position]
             first = -1 if index == 0 else DEPTH - index % 2
-            yield Step(index, first, [position], [int(self._ids[position])], [1.0], [], 3, 0)
+            yield Step(index, first, [position], [int(self._ids[position])], [1.0], [], [], 3, 0)
 
     def __next__(self) -> Step:
         return next(self._steps)

@@ -6,7 +6,6 @@ FAST_DLLM_CHECKOUT=<folder> python -m pytest tests/unit/test_peers.py
 from __future__ import annotations
 
 import os
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from elastic_cache.engine import Engine
+from elastic_cache.lab import fast_dllm
 from elastic_cache.models import Model, load_model
 from oracle.model import load_model as load_oracle
-from schemas import ROOT
 from tolerance import assert_close
 
 CPU = torch.device("cpu")
@@ -31,9 +31,8 @@ needs_checkout = pytest.mark.skipif(CHECKOUT is None, reason="FAST_DLLM_CHECKOUT
 
 
 @pytest.fixture
-def adapter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return import_module("peers.fast_dllm")
+def adapter() -> ModuleType:
+    return fast_dllm
 
 
 def small_model(folder: Path, **shape: Any) -> Model:
@@ -140,3 +139,20 @@ def test_wrong_lengths_are_refused(tmp_path: Path, adapter: ModuleType) -> None:
         peer.time_block_step(257)
     with pytest.raises(adapter.PeerError, match="between 1 and block_length = 8, got 9"):
         peer.time_block_step(40, 8, num_masked=9)
+
+
+@needs_checkout
+@pytest.mark.parametrize("mode", ["none", "prefix", "dual"])
+def test_its_own_decoding(tmp_path: Path, adapter: ModuleType, mode: str) -> None:
+    """Every mask is decoded, block after block; without a cache it is our full recompute."""
+    model = small_model(tmp_path)
+    prompt = torch.arange(3, 12)
+    ids, nfe, seconds = build(adapter, model).generate(prompt, mode, 16, 8, 0.9)
+    assert torch.equal(ids[:9], prompt)
+    assert not (ids == model.config.mask_id).any()
+    assert nfe >= 4 and seconds > 0
+    if mode == "none":
+        one_block = build(adapter, model).generate(prompt, mode, 8, 8, 0.9)
+        ours = Engine(model).generate(prompt, gen_length=8, policy="none", window=8)
+        assert torch.equal(one_block[0][: len(prompt) + ours.num_tokens],
+                           ours.ids[: len(prompt) + ours.num_tokens])  # fmt: skip

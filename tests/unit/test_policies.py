@@ -18,7 +18,7 @@ def start(masked: list[bool], **settings: object) -> Policy:
 
 def commit(policy: Policy, positions: list[int], tokens: list[int] | None = None) -> None:
     tokens = tokens or [1] * len(positions)
-    policy.observe(Step(0, 0, positions, tokens, [1.0] * len(positions), [], 0, 99))
+    policy.observe(Step(0, 0, positions, tokens, [1.0] * len(positions), [], [], 0, 99))
 
 
 def rows(plan: Plan | None) -> tuple[bool, list[int], list[int]]:

@@ -1,9 +1,7 @@
-"""`elastic-cache bench`: policies side by side on one machine.
+"""`elastic-cache bench`: the lab. Policies side by side on one machine, answers judged.
 
-The arms take turns problem by problem (A B C, A B C, ...), so that what else the machine does hits
-all of them alike. With --repeat, the run with the median time stands for each problem. Tokens are
-counted to the first EOS. Speed-up is the ratio of tokens per second to policy `none`, which runs
-with the same window, threshold and EOS rule.
+With --out every answer is on disk as soon as it is there: the same command goes on where a run
+stopped, and --shard lets several processes, each with a GPU of its own, share one run.
 """
 
 from __future__ import annotations
@@ -13,12 +11,9 @@ import dataclasses
 import os
 import platform
 import re
-import statistics
+import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,38 +24,10 @@ from elastic_cache.config import POLICIES, GenerationConfig
 if TYPE_CHECKING:
     from elastic_cache.cli.overhead import Overhead
     from elastic_cache.engine import Engine
-
-_WARM_UP_STEPS = 4
-
-
-@dataclass(frozen=True)
-class Run:
-    """One problem answered once."""
-
-    num_tokens: int
-    nfe: int
-    update_frequency: float
-    seconds: float
-    is_correct: bool
-    step_seconds: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One policy over all problems; totals over the problems, milliseconds over all steps."""
-
-    policy: str
-    num_tokens: int
-    nfe: int
-    tokens_per_forward: float
-    update_frequency: float
-    seconds: float
-    tokens_per_second: float
-    speed_up: float | None
-    step_ms_p50: float
-    step_ms_p95: float
-    num_correct: int
-    num_problems: int
+    from elastic_cache.lab.answers import AnswerFile, Record
+    from elastic_cache.lab.cells import Cell
+    from elastic_cache.lab.session import Session, Turn
+    from elastic_cache.lab.summary import Summary
 
 
 def add_command(commands: Any) -> None:
@@ -68,19 +35,31 @@ def add_command(commands: Any) -> None:
         "bench",
         help="compare policies on this machine",
         description="Answers the same problems with several policies, in turns, and compares them.",
+        epilog="A cell is policy[:setting=value]..., for example elastic:gamma=0.97 or "
+        "fast-dllm:mode=dual; settings given as options hold for all cells.",
     )
     shared.add_model(parser)
     parser.add_argument(
         "--policies",
         default=",".join(POLICIES),
         metavar="A,B",
-        help=f"policies to compare (default {','.join(POLICIES)})",
+        help=f"cells to compare (default {','.join(POLICIES)})",
     )
     parser.add_argument(
         "--problems", type=int, default=8, metavar="N", help="number of problems (default 8)"
     )
     parser.add_argument(
         "--repeat", type=int, default=1, metavar="N", help="runs per problem (default 1)"
+    )
+    parser.add_argument(
+        "--inflate", metavar="SHAPE", help="llada-8b: the model at that size, same answers"
+    )
+    parser.add_argument("--fast-dllm", metavar="FOLDER", help="a checkout, for cells of fast-dllm")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="answers, report and pictures; a stopped run goes on there"
+    )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="answer only every N-th problem, from the I-th on"
     )
     parser.add_argument(
         "--overhead",
@@ -99,7 +78,30 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    policies = _read_policies(options)
+    from elastic_cache.lab.cells import read_cells
+
+    given = {k: v for k, v in shared.read_settings(options).items() if v is not None}
+    cells = read_cells(options.policies, given)
+    part, parts = _check(options, cells)
+    from elastic_cache.lab.answers import AnswerFile
+    from elastic_cache.lab.session import plan, turns_left
+
+    out = None if options.out is None else Path(options.out)
+    name = "answers.jsonl" if parts == 1 else f"answers-{part}-of-{parts}.jsonl"
+    file = AnswerFile(None if out is None else out / name, _describe(options, cells))
+    turns = plan(cells, range(part - 1, options.problems, parts), options.repeat)
+    left = turns_left(turns, file)
+    engine = _load(options) if left or options.overhead else None
+    if left:
+        assert engine is not None
+        _answer(engine, options, file, left)
+    overheads = _overheads(engine, options, cells) if options.overhead else []
+    _report(options, file, cells, overheads)
+    return 0
+
+
+def _check(options: argparse.Namespace, cells: Sequence[Cell]) -> tuple[int, int]:
+    """Everything that can be refused before a model is loaded; the shard as (I, N)."""
     for name in ("problems", "repeat"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
@@ -107,133 +109,151 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"overhead is measured with device cpu only, got {options.device!r}")
     if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(f"json must name a file in an existing folder, got {options.json!r}")
-    from elastic_cache.engine import load
-    from elastic_cache.problems import HELD_OUT_SEED
-    from elastic_cache.problems import problems as make_problems
+    if options.inflate is not None:
+        from elastic_cache.models.inflate import SHAPES
 
-    engine = load(options.model, device=options.device, dtype=options.dtype)
-    problems = make_problems(HELD_OUT_SEED, options.problems)
-    runs = _alternate(engine, problems, policies, options.repeat)
-    arms = summarize(runs)
-    overheads = _overheads(engine, problems[0][0], policies) if options.overhead else []
-    where = environment(engine)
-    report = {
-        "environment": where,
-        "settings": {
-            **dataclasses.asdict(next(iter(policies.values()))),
-            "policy": list(policies),
-            "model": options.model,
-            "problems": options.problems,
-            "repeat": options.repeat,
-        },
-        "arms": [dataclasses.asdict(arm) for arm in arms],
-        "overhead": [dataclasses.asdict(overhead) for overhead in overheads],
+        if options.inflate not in SHAPES:
+            raise ValueError(f"inflate must be {', '.join(SHAPES)}, got {options.inflate!r}")
+    if any(cell.is_peer for cell in cells):
+        from elastic_cache.lab.fast_dllm import load_checkout
+
+        if options.fast_dllm is None:
+            raise ValueError("cells of fast-dllm need --fast-dllm FOLDER, a checkout of it")
+        load_checkout(Path(options.fast_dllm))
+    if options.out is not None:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    return _read_shard(options)
+
+
+def _read_shard(options: argparse.Namespace) -> tuple[int, int]:
+    if options.shard is None:
+        return 1, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", options.shard)
+    part, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise ValueError(f"shard must be I/N with 1 <= I <= N, got {options.shard!r}")
+    if options.out is None:
+        raise ValueError("shard needs --out FOLDER: the shards of a run meet there")
+    return part, parts
+
+
+def _describe(options: argparse.Namespace, cells: Sequence[Cell]) -> dict[str, Any]:
+    """What a run is: what must be equal for another process to go on with it."""
+    names = ("model", "inflate", "device", "dtype", "problems", "repeat")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "cells": {cell.name: dataclasses.asdict(cell.settings) for cell in cells},
     }
-    if options.json == "-":
-        print(shared.write_json(report))
-        return 0
-    print(_format(where, arms, overheads))
-    if options.json:
-        _write(Path(options.json), shared.write_json(report) + "\n")
-    return 0
 
 
-def _read_policies(options: argparse.Namespace) -> dict[str, GenerationConfig]:
-    names = [name.strip() for name in options.policies.split(",")]
-    if len(set(names)) < len(names):
-        raise ValueError(f"policies must name each policy once, got {options.policies!r}")
-    settings = shared.read_settings(options)
-    return {name: GenerationConfig(policy=name, **settings) for name in names}
+def _load(options: argparse.Namespace) -> Engine:
+    from elastic_cache.engine import Engine, load
+
+    if options.inflate is None:
+        return load(options.model, device=options.device, dtype=options.dtype)
+    from elastic_cache.device import find_device
+    from elastic_cache.engine import DTYPES
+    from elastic_cache.models.inflate import SHAPES, inflate
+
+    device, small = find_device(options.device), load(options.model).model
+    if options.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    return Engine(inflate(small, SHAPES[options.inflate], device, DTYPES[options.dtype]))
 
 
-def _alternate(
-    engine: Engine,
-    problems: Sequence[tuple[str, str]],
-    policies: dict[str, GenerationConfig],
-    repeat: int,
-) -> dict[str, list[list[Run]]]:
-    """Runs per policy and problem, policies taking turns."""
-    for settings in policies.values():
-        _warm_up(engine, problems[0][0], settings)
-    runs: dict[str, list[list[Run]]] = {policy: [[] for _ in problems] for policy in policies}
-    plan = [
-        (policy, index)
-        for _ in range(repeat)
-        for index in range(len(problems))
-        for policy in policies
-    ]
-    for policy, index in _with_progress(plan):
-        question, answer = problems[index]
-        runs[policy][index].append(answer_once(engine, question, answer, policies[policy]))
-    return runs
+def _answer(
+    engine: Engine, options: argparse.Namespace, file: AnswerFile, turns: Sequence[Turn]
+) -> None:
+    from elastic_cache.lab.session import Session
+    from elastic_cache.problems import HELD_OUT_SEED, problems
 
-
-def _warm_up(engine: Engine, question: str, settings: GenerationConfig) -> None:
-    request = engine.stream(question, **dataclasses.asdict(settings))
-    for _ in islice(request, _WARM_UP_STEPS):
-        pass
-
-
-def answer_once(engine: Engine, question: str, answer: str, settings: GenerationConfig) -> Run:
-    """One timed answer, judged by the number after '####'."""
-    from elastic_cache.problems import final_number
-
-    request = engine.stream(question, **dataclasses.asdict(settings))
-    times = [time.perf_counter()]
-    for _ in request:
-        times.append(time.perf_counter())
-    result = request.result
-    return Run(
-        result.num_tokens,
-        result.nfe,
-        result.update_frequency,
-        result.seconds,
-        final_number(result.text or "") == final_number(answer),
-        tuple(end - start for start, end in pairwise(times)),
-    )
-
-
-def summarize(runs: dict[str, list[list[Run]]]) -> list[Arm]:
-    """Totals per policy; of repeated runs, the one with the median time counts."""
-    arms = [_summarize_arm(policy, problems) for policy, problems in runs.items()]
-    none = next((arm.tokens_per_second for arm in arms if arm.policy == "none"), 0.0)
-    if not none:
-        return arms
-    return [dataclasses.replace(arm, speed_up=arm.tokens_per_second / none) for arm in arms]
-
-
-def _summarize_arm(policy: str, problems: list[list[Run]]) -> Arm:
-    chosen = [
-        sorted(repeats, key=lambda run: run.seconds)[(len(repeats) - 1) // 2]
-        for repeats in problems
-    ]
-    tokens, nfe = sum(run.num_tokens for run in chosen), sum(run.nfe for run in chosen)
-    seconds = sum(run.seconds for run in chosen)
-    steps = [1e3 * seconds for run in chosen for seconds in run.step_seconds]
-    # Twenty equal parts have 19 borders: the tenth is the median, the last the 95th percentile.
-    borders = statistics.quantiles(steps, n=20, method="inclusive") if len(steps) > 1 else steps
-    return Arm(
-        policy=policy,
-        num_tokens=tokens,
-        nfe=nfe,
-        tokens_per_forward=tokens / nfe,
-        update_frequency=sum(run.update_frequency * run.nfe for run in chosen) / nfe,
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        speed_up=None,
-        step_ms_p50=statistics.median(steps),
-        step_ms_p95=borders[-1],
-        num_correct=sum(run.is_correct for run in chosen),
-        num_problems=len(chosen),
-    )
+    if engine.model.tokenizer is None:
+        raise ValueError(f"{options.model!r} has no tokenizer.json: the problems are texts")
+    checkout = None
+    if any(turn.cell.is_peer for turn in turns):
+        checkout = Path(options.fast_dllm)
+    session: Session = Session(engine, checkout, problems(HELD_OUT_SEED, options.problems))
+    file.add_machine(environment(engine))
+    for turn in _with_progress(turns):
+        file.add(session.answer(turn))
 
 
 def _overheads(
-    engine: Engine, question: str, policies: dict[str, GenerationConfig]
+    engine: Engine | None, options: argparse.Namespace, cells: Sequence[Cell]
 ) -> list[Overhead]:
     from elastic_cache.cli.overhead import measure_overhead
+    from elastic_cache.problems import HELD_OUT_SEED, problems
 
-    return [measure_overhead(engine, question, settings) for settings in policies.values()]
+    assert engine is not None
+    question = problems(HELD_OUT_SEED, 1)[0][0]
+    return [
+        measure_overhead(engine, question, cell.settings)
+        for cell in cells
+        if isinstance(cell.settings, GenerationConfig)
+    ]
+
+
+def _report(
+    options: argparse.Namespace,
+    file: AnswerFile,
+    cells: Sequence[Cell],
+    overheads: Sequence[Overhead],
+) -> None:
+    from elastic_cache.lab.answers import read_folder
+    from elastic_cache.lab.report import HEADER, as_json, machines, table
+    from elastic_cache.lab.summary import summarize
+
+    record = file.record if options.out is None else read_folder(Path(options.out))
+    summary = summarize(cells, record.answers)
+    if not summary.figures:
+        raise ValueError("no problem has been answered: a shard begins at the I-th of the problems")
+    values = {
+        **as_json(record, summary, _command(options)),
+        "overhead": [dataclasses.asdict(overhead) for overhead in overheads],
+    }
+    text = shared.write_json(values)
+    if options.json == "-":
+        print(text)
+    else:
+        print("\n".join([*machines(record), format_table(HEADER, table(summary))]))
+        print("".join(f"{overhead}\n" for overhead in overheads), end="")
+        if options.json:
+            _write(Path(options.json), text + "\n")
+    if options.out is not None:
+        _write(Path(options.out) / "report.json", text + "\n")
+        _illustrate(options, record, summary)
+
+
+def _illustrate(options: argparse.Namespace, record: Record, summary: Summary) -> None:
+    """The page and its pictures; the page is written also where pictures cannot be."""
+    from elastic_cache.lab.plots import draw
+    from elastic_cache.lab.report import markdown
+
+    out, pictures = Path(options.out), list[str]()
+    depth = max((len(answer.similarity) for answer in record.answers), default=0)
+    try:
+        pictures = draw(out, summary, record.answers, depth)
+    except ImportError as error:
+        print(f"note: {error}", file=sys.stderr)
+    _write(out / "report.md", markdown(record, summary, _command(options), pictures))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """How this run is asked for, without the places of files and the shard."""
+    words = ["elastic-cache", "bench"]
+    for name, value in vars(options).items():
+        flag = "--" + name.replace("_", "-")
+        if name in ("run", "out", "json", "shard") or value is None or value is False:
+            continue
+        if name == "fast_dllm":
+            words += [flag, "FOLDER"]
+        elif name == "block_caching":
+            continue
+        elif value is True:
+            words.append(flag)
+        else:
+            words += [flag, shlex.quote(str(value))]
+    return " ".join([*words, *([] if options.block_caching else ["--no-block-caching"])])
 
 
 def environment(engine: Engine) -> dict[str, Any]:
@@ -264,53 +284,16 @@ def _cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _with_progress(plan: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """The plan's entries, with a bar on standard error where that is a terminal."""
+def _with_progress(turns: Sequence[Turn]) -> Iterator[Turn]:
+    """The turns, with a bar on standard error where that is a terminal."""
     if not sys.stderr.isatty():
-        yield from plan
+        yield from turns
         return
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    yield from track(plan, description="answering", console=console, transient=True)
-
-
-def _format(env: dict[str, Any], arms: list[Arm], overheads: list[Overhead]) -> str:
-    header = (
-        "policy",
-        "tokens",
-        "forwards",
-        "tok/fwd",
-        "updates",
-        "seconds",
-        "tok/s",
-        "speed-up",
-        "ms p50",
-        "ms p95",
-        "correct",
-    )
-    rows = [
-        (
-            arm.policy,
-            f"{arm.num_tokens}",
-            f"{arm.nfe}",
-            f"{arm.tokens_per_forward:.2f}",
-            f"{arm.update_frequency:.1%}",
-            f"{arm.seconds:.2f}",
-            f"{arm.tokens_per_second:.1f}",
-            "-" if arm.speed_up is None else f"{arm.speed_up:.2f}x",
-            f"{arm.step_ms_p50:.2f}",
-            f"{arm.step_ms_p95:.2f}",
-            f"{arm.num_correct}/{arm.num_problems}",
-        )
-        for arm in arms
-    ]
-    where = (
-        f"{env['gpu'] or env['cpu']}, {env['threads']} threads, torch {env['torch']}, "
-        f"{env['dtype']}"
-    )
-    return "\n".join([where, format_table(header, rows), *map(str, overheads)])
+    yield from track(turns, description="answering", console=console, transient=True)
 
 
 def _write(path: Path, text: str) -> None:

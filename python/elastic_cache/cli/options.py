@@ -12,11 +12,12 @@ from elastic_cache.config import POLICIES, GenerationConfig
 # setting -> (type, metavar, help); the defaults are GenerationConfig's.
 _SETTINGS: dict[str, tuple[type, str, str]] = {
     "gen_length": (int, "N", "length of the answer in tokens"),
-    "window": (int, "N", "leftmost masked positions decoded per step (none, elastic)"),
+    "window": (int, "N", "leftmost masked positions decoded per step (none, elastic, rolling)"),
     "gamma": (float, "X", "drift threshold: a mean cosine below it refreshes (elastic)"),
     "threshold": (float, "P", "confidence from which a token is committed"),
     "track_num": (int, "N", "tracked tokens per layer (elastic)"),
     "block_length": (int, "N", "block size (prefix, dual)"),
+    "num_rows": (int, "N", "rows computed per step (rolling)"),
     "tokens_per_step": (int, "N", "commit exactly this many tokens a step instead"),
     "steps": (int, "N", "fixed number of steps instead (prefix, dual)"),
     "factor": (float, "X", "Fast-dLLM's factor rule instead"),

@@ -31,7 +31,13 @@ from elastic_cache.ops.attention import (
     window_attention,
 )
 from elastic_cache.ops.layers import add_rms_norm, linear, output_mlp, project_qkv, swiglu
-from elastic_cache.ops.steps import commit, refresh_rows, select_rows, token_confidence
+from elastic_cache.ops.steps import (
+    commit,
+    refresh_rows,
+    rolling_rows,
+    select_rows,
+    token_confidence,
+)
 
 __all__ = [
     "add_rms_norm",
@@ -44,6 +50,7 @@ __all__ = [
     "output_mlp",
     "project_qkv",
     "refresh_rows",
+    "rolling_rows",
     "select_rows",
     "swiglu",
     "token_confidence",

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from elastic_cache.native import kernel
 
+_rolling_rows = kernel("rolling_rows")
 _select_rows = kernel("select_rows")
 _refresh_rows = kernel("refresh_rows")
 _token_confidence = kernel("token_confidence")
@@ -45,6 +46,39 @@ def select_rows(
     Source: the rows of a step in the paper's code; lookahead is an addition.
     """
     _select_rows(masked, committed, tracked, window, lookahead, rows, segments, window_rows)
+
+
+def rolling_rows(
+    masked: Tensor,
+    committed: Tensor,
+    window: Tensor,
+    num_rows: Tensor,
+    key_range: Tensor,
+    age: Tensor,
+    chosen: Tensor,
+) -> None:
+    """The cached positions that the next step computes anew: those computed longest ago.
+
+    As many as `num_rows` leaves beside the newly committed positions and the window; of equal age
+    the lower position. They may be given to `select_rows` as tracked positions of one layer.
+
+    Args:
+        masked: bool [S, C], positions still masked.
+        committed: bool [S, C], positions committed in the previous step.
+        window: int32 [S], how many masked positions each sequence decodes at once.
+        num_rows: int32 [S], rows of the step in all.
+        key_range: int32 [S, 2]; positions outside of it are not looked at.
+        age: in and out, int32 [S, C], steps since a position was computed: the coming step counts
+            as done, so what it computes has age 0.
+        chosen: out, int32 [S, k], positions in ascending order, padded with -1; at most k.
+
+    Raises:
+        ValueError: a wrong argument.
+
+    Source: the rolling refresh of docs/results.md; Flash-dLLM (arXiv 2609.26796) refreshes a fixed
+        number of rows a step, too.
+    """
+    _rolling_rows(masked, committed, window, num_rows, key_range, age, chosen)
 
 
 def refresh_rows(

@@ -8,6 +8,7 @@ from elastic_cache.policies.base import Policy
 from elastic_cache.policies.block import BlockPolicy
 from elastic_cache.policies.elastic import ElasticPolicy
 from elastic_cache.policies.none import NonePolicy
+from elastic_cache.policies.rolling import RollingPolicy
 
 __all__ = ["Plan", "Policy", "make_policy"]
 
@@ -18,4 +19,6 @@ def make_policy(masked: list[bool], settings: GenerationConfig, eos_id: int) -> 
         return NonePolicy(masked, settings)
     if settings.policy == "elastic":
         return ElasticPolicy(masked, settings)
+    if settings.policy == "rolling":
+        return RollingPolicy(masked, settings)
     return BlockPolicy(masked, settings, eos_id)

@@ -23,6 +23,8 @@ class Policy(Protocol):
         num_candidates: the most positions decoded in a step.
         window: masked positions that `ops.select_rows` lists; 0: the plans list positions.
         lookahead: further masked positions it lists, computed but not decoded.
+        num_rows: rows that `ops.rolling_rows` fills every step to, with the cached positions
+            computed longest ago; 0: it does not.
     """
 
     needs: CacheNeeds
@@ -31,6 +33,7 @@ class Policy(Protocol):
     num_candidates: int
     window: int
     lookahead: int
+    num_rows: int
 
     def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
         """The next step, of which so many rows and candidates are listed on the device; None when

@@ -20,6 +20,7 @@ class ElasticPolicy:
     needs = CacheNeeds(keys_values=True, queries=True, inputs=True)
     drops_tail_at_eos = True
     tests_drift = True
+    num_rows = 0
 
     def __init__(self, masked: list[bool], settings: GenerationConfig) -> None:
         self.window = min(settings.window, len(masked))

@@ -17,7 +17,7 @@ class NonePolicy:
     needs = CacheNeeds(keys_values=False, queries=False, inputs=False)
     drops_tail_at_eos = True
     tests_drift = False
-    lookahead = 0
+    lookahead = num_rows = 0
 
     def __init__(self, masked: list[bool], settings: GenerationConfig) -> None:
         self.window = min(settings.window, len(masked))

@@ -25,10 +25,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from elastic_cache.config import ModelConfig
 from elastic_cache.models import llada
 from elastic_cache.models.weights import ModelWeights
-from torch import Tensor
 
 COMMIT = "24cc59e75f20a6384bae8c905965bb090b96388e"
 FILES = ("llada/generate.py", "llada/model/modeling_llada.py", "llada/model/configuration_llada.py")
@@ -96,6 +97,44 @@ class FastDLLM:
         with _its_attention():
             logits: Tensor = self.model(ids[None].to(self.device)).logits[0]
         return logits
+
+    @torch.no_grad()
+    def generate(
+        self, prompt: Tensor, mode: str, gen_length: int, block_length: int, threshold: float
+    ) -> tuple[Tensor, int, float]:
+        """Its own decoding of one prompt at temperature 0, by its threshold rule.
+
+        Args:
+            prompt: int64 [P] on the CPU.
+            mode: "none" (no cache), "prefix" or "dual".
+            gen_length: masks after the prompt, a multiple of `block_length`.
+            block_length: of its blocks.
+            threshold: confidence from which a token is committed; the best one always is.
+
+        Returns:
+            ids int64 [P + gen_length] on the CPU, its number of forwards, and the seconds from
+            the prompt on the CPU to the ids there.
+        """
+        its = self.checkout.generate
+        decode = {
+            "none": its.generate,
+            "prefix": its.generate_with_prefix_cache,
+            "dual": its.generate_with_dual_cache,
+        }[mode]
+        with _its_attention():
+            begin = time.perf_counter()
+            ids, nfe = decode(
+                self.model,
+                prompt[None].to(self.device),
+                steps=gen_length,  # by its rule a bound that is not reached
+                gen_length=gen_length,
+                block_length=block_length,
+                mask_id=self.config.mask_id,
+                threshold=threshold,
+            )
+            ids = ids[0].cpu()
+            seconds = time.perf_counter() - begin
+        return ids, nfe, seconds
 
     @torch.no_grad()
     def time_block_step(

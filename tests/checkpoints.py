@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import elastic_cache
 import torch
 from safetensors.torch import save_file
+
+TINY = Path(elastic_cache.__file__).parent / "data/tiny-llada"
 
 ABSENT = object()
 """As a config override: the field is left out."""
@@ -50,6 +54,14 @@ def write_checkpoint(
         sizes, num_layers, scheme, tied, bool(config.get("include_qkv_bias")), seed
     )
     save_tensors(folder, {name: t.to(dtype) for name, t in tensors.items()}, shards)
+    return folder
+
+
+def write_with_tokenizer(folder: Path, **overrides: Any) -> Path:
+    """A random two-layer model with the embedded model's tokenizer."""
+    settings = dict(vocab=768, max_sequence_length=640, mask_token_id=2, eos_token_id=1)
+    write_checkpoint(folder, **{**settings, **overrides})
+    shutil.copy(TINY / "tokenizer.json", folder)
     return folder
 
 

@@ -3,7 +3,7 @@
     window pass   the listed rows through the layers that reuse the cache, decode, commit, and the
                   selection of the next rows; on a GPU one captured graph per number of rows
     full pass     the layers from the first failing one on (or all) over every position, then the
-                  same end
+                  same end; on a GPU all layers with their end are one graph per length
 
 The subtle thing: on a GPU nobody looks at the drift test's verdict before the window pass is over.
 The commit itself refuses where a test has failed, the host learns of it from the report, and only
@@ -31,6 +31,7 @@ from elastic_cache.state import DecodeState, DriftTest, RowLists
 BUCKET = 16
 """On a GPU rows are padded to a multiple of this, which is a product's granularity as well."""
 MAX_CAPTURED_ROWS = 128
+MAX_CAPTURED_LENGTHS = 4
 CAPACITY_STEP = 256
 """On a GPU capacities are multiples of this, so that requests of other lengths find the graphs."""
 
@@ -125,7 +126,10 @@ class Runner:
         self._forward = Forward(model, cache, len(self._lists.rows), _max_deferred(model, shape))
         self._decoder = Decoder(model, shape.num_candidates, shape.has_noise)
         self._rule = CommitRule(1, device)
-        self._graphs = None if capture_stream is None else Graphs(capture_stream)
+        self._graphs = self._whole_graphs = None
+        if capture_stream is not None:
+            self._graphs = Graphs(capture_stream)
+            self._whole_graphs = Graphs(capture_stream, most=MAX_CAPTURED_LENGTHS)
         self._length = 0
         self._listed: range | None = None
         self._plan: Plan | None = None
@@ -201,18 +205,28 @@ class Runner:
             self._end_step(lists.window_rows[:num_candidates], has_verdict=self._drift is not None)
 
     def _run_full(self, first: int, num_candidates: int) -> None:
-        lists, state = self._lists, self._state
-        if self.shape.is_rolling:
-            state.age.zero_()
-        candidates = lists.candidates[:num_candidates]
-        self._forward.run_full(
-            first, self._length, candidates, lists.window_segments, state, self._drift
-        )
+        """Layers `first` .. L - 1 over every position, and the end of the step."""
+        candidates = self._lists.candidates[:num_candidates]
+        if first == 0 and self._whole_graphs is not None:
+
+            def run() -> None:
+                self._run_layers(0, candidates)
+                self._end_step(candidates, has_verdict=False)
+
+            self._whole_graphs.run(self._length, run)
+            return
+        self._run_layers(first, candidates)
         self._run_captured(0, lambda: self._end_step(candidates, has_verdict=False))
 
+    def _run_layers(self, first: int, candidates: torch.Tensor) -> None:
+        if self.shape.is_rolling:
+            self._state.age.zero_()
+        segments = self._lists.window_segments
+        self._forward.run_full(first, self._length, candidates, segments, self._state, self._drift)
+
     def _run_captured(self, key: int, function: Callable[[], None]) -> None:
-        """Window passes by their number of rows; 0 is the end of a full pass, whose buffers are
-        the same whatever the sequence's length."""
+        """Window passes by their number of rows; 0 is the end of a full pass that began behind
+        layer 0, whose buffers are the same whatever the sequence's length."""
         if self._graphs is None:
             function()
         else:
@@ -292,23 +306,30 @@ class Graphs:
     """Pieces of work as CUDA graphs, by key, in one memory pool.
 
     The first run of a piece is as it is, which loads its kernels; the second is captured.
+
+    Args:
+        stream: where they are captured.
+        most: so many keys are kept, those run last; None: all.
     """
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
+    def __init__(self, stream: torch.cuda.Stream, most: int | None = None) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = stream
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._most = most
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # the key run last is the last
 
     def run(self, key: int, function: Callable[[], None]) -> None:
         """Does what `function` does, which must be the same for the same key."""
-        if key not in self._graphs:
-            self._graphs[key] = None
+        is_new = key not in self._graphs
+        graph = self._graphs.pop(key, None)
+        if is_new:
             function()
-            return
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._graphs[key] = self._capture(function)
-        graph.replay()
+        else:
+            graph = graph or self._capture(function)
+            graph.replay()
+        self._graphs[key] = graph
+        if self._most is not None and len(self._graphs) > self._most:
+            del self._graphs[next(iter(self._graphs))]
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         # Not torch.cuda.graph, which empties torch's cache of memory and collects garbage.

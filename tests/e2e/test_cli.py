@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pty
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,12 +16,9 @@ from typing import Any
 
 import elastic_cache
 import pytest
-from checkpoints import ABSENT, write_checkpoint
-from elastic_cache.cli import main, overhead
+from checkpoints import ABSENT, write_with_tokenizer
+from elastic_cache.cli import main
 from elastic_cache.config import GenerationConfig
-from elastic_cache.lab.answers import Answer
-from elastic_cache.lab.session import Session, Turn
-from elastic_cache.problems import HELD_OUT_SEED
 from safetensors.torch import load_file, save_file
 
 PACKAGE = Path(elastic_cache.__file__).parent
@@ -31,17 +27,9 @@ QUESTION = "Ava has 5 apples. Then Ava buys 3 more apples. How many apples does 
 Q1 = "model.transformer.blocks.1.q_proj.weight"
 
 
-def make_model(folder: Path, **overrides: Any) -> Path:
-    """A random two-layer model with the embedded model's tokenizer."""
-    settings = dict(vocab=768, max_sequence_length=640, mask_token_id=2, eos_token_id=1)
-    write_checkpoint(folder, **{**settings, **overrides})
-    shutil.copy(TINY / "tokenizer.json", folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_model(tmp_path_factory.mktemp("models") / "random"))
+    return str(write_with_tokenizer(tmp_path_factory.mktemp("models") / "random"))
 
 
 def generate(model: object, *options: str, prompt: str = QUESTION) -> list[str]:
@@ -87,7 +75,7 @@ def test_json_is_one_object(model: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_every_setting_has_an_option(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = dict(
         gen_length=16, policy="dual", window=5, gamma=0.5, threshold=0.7, track_num=2,
-        block_length=8, steps=4, temperature=0.5, seed=7,
+        block_length=8, num_rows=40, steps=4, temperature=0.5, seed=7,
     )  # fmt: skip
     options = [x for k, v in given.items() for x in ("--" + k.replace("_", "-"), str(v))]
     assert main([*generate(model), *options, "--no-block-caching", "--json"]) == 0
@@ -230,7 +218,7 @@ def test_damaged_checkpoints(
     damage: Callable[[Path], object],
     words: list[str],
 ) -> None:
-    folder = make_model(tmp_path / "model", shards=3)
+    folder = write_with_tokenizer(tmp_path / "model", shards=3)
     damage(folder)
     refuses(capsys, generate(folder), *words)
 
@@ -252,7 +240,7 @@ def test_wrong_configs(
     overrides: dict[str, Any],
     words: list[str],
 ) -> None:
-    folder = make_model(tmp_path / "model", **overrides)
+    folder = write_with_tokenizer(tmp_path / "model", **overrides)
     refuses(capsys, generate(folder) if command == "generate" else ["info", str(folder)], *words)
 
 
@@ -271,6 +259,7 @@ def test_wrong_configs(
         (["bench", "--json", "/no/such/folder/x"], ["json must name a file in an existing folder"]),
         (["bench", "--shard", "3/2"], ["shard must be I/N with 1 <= I <= N, got '3/2'"]),
         (["bench", "--shard", "1/2"], ["shard needs --out"]),
+        (["bench", "--report", "--out", "/no/such"], ["report needs --out", "'/no/such'"]),
         (["bench", "--inflate", "gpt"], ["inflate must be llada-8b, got 'gpt'"]),
         (["bench", "--policies", "fast-dllm"], ["need --fast-dllm FOLDER"]),
         (
@@ -311,7 +300,7 @@ def test_info_of_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_info_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_model(tmp_path / "model", num_kv_heads=2, tied=True)
+    folder = write_with_tokenizer(tmp_path / "model", num_kv_heads=2, tied=True)
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     assert main(["info", str(folder)]) == 0
     out = capsys.readouterr().out
@@ -368,101 +357,6 @@ def test_doctor_without_torch() -> None:
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["torch"]["problem"] and "pip install torch" in checks["torch"]["fix"]
     assert checks["compiler"]["value"]
-
-
-# bench
-
-
-BENCH = ["--gen-length", "24", "--problems", "2", "--window", "8"]
-
-
-def test_bench(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "report.json"
-    argv = ["bench", "--model", model, "--policies", "none,elastic:gamma=0.5", *BENCH]
-    assert main([*argv, "--repeat", "2", "--json", str(file)]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert table[1].split()[:3] == ["cell", "correct", "tok/s"]
-    assert [line.split()[0] for line in table[2:]] == ["none", "elastic:gamma=0.5"]
-    report = json.loads(file.read_text())
-    assert os.listdir(tmp_path) == ["report.json"]
-    none, elastic = report["cells"]
-    assert elastic["agreement"]["reference"] == "none"
-    assert report["run"]["cells"]["elastic:gamma=0.5"]["gamma"] == 0.5
-    assert report["run"]["cells"]["none"]["window"] == 8 and report["machines"][0]["torch"]
-    engine = elastic_cache.load(model)
-    results = [
-        engine.generate(question, gen_length=24, window=8, policy="none")
-        for question, _ in elastic_cache.problems.problems(HELD_OUT_SEED, 2)
-    ]
-    assert none["num_tokens"] == sum(result.num_tokens for result in results)
-    assert none["nfe"] == sum(result.nfe for result in results) / 2
-
-
-def test_bench_json_alone(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["--gen-length", "8", "--problems", "1", "--policies", "dual", "--json"]
-    assert main(["bench", "--model", model, *settings]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["ratios"] == {"dual": {}}
-
-
-def test_bench_goes_on_where_it_stopped(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    argv = ["bench", "--model", model, "--policies", "none,rolling:num_rows=20", *BENCH]
-    argv += ["--out", str(out)]
-    answered = Session.answer
-    count = 0
-
-    def interrupted(self: Session, turn: Turn) -> Answer:
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        return answered(self, turn)
-
-    monkeypatch.setattr(Session, "answer", interrupted)
-    assert main(argv) == 130
-    kept = (out / "answers.jsonl").read_text()
-    assert main(argv) == 0
-    assert (out / "answers.jsonl").read_text().startswith(kept)
-    # Two cold answers and one were kept; then two cold ones again and the three that were left.
-    assert count == 4 + 5
-    page, report = (out / "report.md").read_text(), json.loads((out / "report.json").read_text())
-    assert [cell["num_problems"] for cell in report["cells"]] == [2, 2]
-    assert "| rolling:num_rows=20 |" in page and str(tmp_path) not in page
-    monkeypatch.setattr("elastic_cache.engine.load", None)  # nothing is left that needs it
-    before = capsys.readouterr().out.splitlines()
-    assert main(argv) == 0
-    assert capsys.readouterr().out.splitlines() == before
-    assert main([*argv, "--problems", "3"]) == 2
-    assert "another run, whose problems is 2 and not 3" in capsys.readouterr().err
-
-
-def test_bench_shards_meet(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", "--model", model, "--policies", "none", *BENCH, "--out", str(tmp_path)]
-    for shard in ("1/2", "2/2"):
-        assert main([*argv, "--shard", shard]) == 0
-    capsys.readouterr()
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["cells"][0]["num_problems"] == 2
-    assert sorted(path.name for path in tmp_path.glob("answers*")) == [
-        "answers-1-of-2.jsonl",
-        "answers-2-of-2.jsonl",
-    ]
-
-
-def test_overhead_is_bracketed(model: str) -> None:
-    engine = elastic_cache.load(model)
-    settings = GenerationConfig(gen_length=16, tokens_per_step=2)
-    found = overhead.measure_overhead(engine, QUESTION, settings)
-    assert found.num_steps == 7
-    # Not that the share is positive: on a busy machine the profiled run can be the slower one.
-    assert 0 < found.empty_kernel_ms <= found.kernel_ms
-    assert found.share_low < found.share_high < 1
-    assert found.share_low == pytest.approx(1 - found.kernel_ms / found.step_ms)
-    busy = found.kernel_ms - found.empty_kernel_ms
-    assert found.share_high == pytest.approx(1 - busy / found.step_ms)
 
 
 # the program as people run it

@@ -1,7 +1,8 @@
 """`elastic-cache bench`: the lab. Policies side by side on one machine, answers judged.
 
 With --out every answer is on disk as soon as it is there: the same command goes on where a run
-stopped, and --shard lets several processes, each with a GPU of its own, share one run.
+stopped, --report says what is there by now, and --shard lets several processes, each with a GPU of
+its own, share one run.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ def add_command(commands: Any) -> None:
         "--shard", metavar="I/N", help="answer only every N-th problem, from the I-th on"
     )
     parser.add_argument(
+        "--report", action="store_true", help="answer nothing: report what --out holds by now"
+    )
+    parser.add_argument(
         "--overhead",
         action="store_true",
         help="also measure the share of a step spent outside kernels and matrix products",
@@ -90,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     name = "answers.jsonl" if parts == 1 else f"answers-{part}-of-{parts}.jsonl"
     file = AnswerFile(None if out is None else out / name, _describe(options, cells))
     turns = plan(cells, range(part - 1, options.problems, parts), options.repeat)
-    left = turns_left(turns, file)
+    left = [] if options.report else turns_left(turns, file)
     engine = _load(options) if left or options.overhead else None
     if left:
         assert engine is not None
@@ -120,6 +124,8 @@ def _check(options: argparse.Namespace, cells: Sequence[Cell]) -> tuple[int, int
         if options.fast_dllm is None:
             raise ValueError("cells of fast-dllm need --fast-dllm FOLDER, a checkout of it")
         load_checkout(Path(options.fast_dllm))
+    if options.report and (options.out is None or not Path(options.out).is_dir()):
+        raise ValueError(f"report needs --out with the folder of a run, got {options.out!r}")
     if options.out is not None:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     return _read_shard(options)
@@ -243,7 +249,7 @@ def _command(options: argparse.Namespace) -> str:
     words = ["elastic-cache", "bench"]
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
-        if name in ("run", "out", "json", "shard") or value is None or value is False:
+        if name in ("run", "out", "json", "shard", "report") or value is None or value is False:
             continue
         if name == "fast_dllm":
             words += [flag, "FOLDER"]

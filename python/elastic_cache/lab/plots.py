@@ -31,8 +31,8 @@ def draw(folder: Path, summary: Summary, answers: Sequence[Answer], depth: int) 
         import matplotlib
     except ImportError:
         raise ImportError(
-            "the pictures need matplotlib: pip install matplotlib, then run the same command "
-            "again, which answers nothing twice"
+            "the pictures need matplotlib: pip install matplotlib, then give the same command "
+            "again with --report"
         ) from None
     matplotlib.use("Agg")
     names = [SPEED]

@@ -224,6 +224,7 @@ ENDINGS = [
         Options(48, policy="none"),
         Options(48, policy="prefix", block_length=16),
         Options(48, policy="dual", block_length=32),
+        Options(48, policy="rolling", window=6, num_rows=20),
     )
 ]
 MIDDLE = ["2 layers, 2 heads on 1", "5 layers, 8 heads on 2, tied", "8 layers, 4 heads, 3 shards"]
@@ -255,6 +256,11 @@ OTHERS = {
     "dual, factor": Options(45, policy="dual", block_length=16, factor=1.0),
     "dual, steps": Options(48, policy="dual", block_length=16, steps=15),
     "dual, two a step": Options(40, policy="dual", block_length=8, tokens_per_step=2),
+    "rolling, the window alone": Options(40, policy="rolling", window=8, num_rows=8),
+    "rolling": Options(40, policy="rolling", window=8, num_rows=20),
+    "rolling, threshold 0.4": Options(60, policy="rolling", num_rows=24, threshold=0.4),
+    "rolling, nearly all": Options(40, policy="rolling", window=5, num_rows=45),
+    "rolling, three a step": Options(40, policy="rolling", num_rows=17, tokens_per_step=3),
 }
 INFILLING = {
     "elastic": Options(0, window=6, gamma=0.95),
@@ -264,6 +270,7 @@ INFILLING = {
     "prefix": Options(8, policy="prefix", block_length=8),
     "dual": Options(8, policy="dual", block_length=8),
     "dual, no answer": Options(0, policy="dual", block_length=7),
+    "rolling": Options(8, policy="rolling", window=6, num_rows=14),
 }
 
 
@@ -280,7 +287,11 @@ def embedded_cases() -> list[Case]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     options = [
         [Options(64, gamma=0.99), Options(64, gamma=0.9, window=8), Options(24, policy="none")],
-        [Options(80, gamma=0.995, track_num=2), Options(64, policy="dual")],
+        [
+            Options(80, gamma=0.995, track_num=2),
+            Options(64, policy="dual"),
+            Options(64, policy="rolling", num_rows=32),
+        ],
     ]
     return [
         Case(EMBEDDED, tuple(tokenizer.encode(chat(question)).ids), option)
@@ -319,14 +330,17 @@ def random_cases(count: int, seed: int) -> list[Case]:
             {"tokens_per_step": rng.randint(1, 5)},
             {"factor": rng.choice((0.5, 1.5))},
         )
+        policy = rng.choice(("elastic",) * 5 + ("none", "prefix", "dual", "rolling"))
+        window = rng.choice((1, 3, 8, 16, 33, 64))
         options = Options(
             gen_length=rng.randint(8, 60),
-            policy=rng.choice(("elastic",) * 5 + ("none", "prefix", "dual")),
-            window=rng.choice((1, 3, 8, 16, 33, 64)),
+            policy=policy,
+            window=window,
+            num_rows=window + rng.choice((0, 5, 30)),
             gamma=rng.choice((0.9, 0.95, 0.98, 0.99, 0.999)),
             threshold=rng.choice((0.3, 0.6, 0.9, 0.95)),
             track_num=rng.choice((1, 1, 2, 4)),
-            block_caching=rng.random() < 0.7,
+            block_caching=policy == "rolling" or rng.random() < 0.7,
             block_length=rng.choice((5, 8, 32)),
             **rng.choice(rules),
         )

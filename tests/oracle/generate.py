@@ -1,4 +1,4 @@
-"""Decoding by the policies none, prefix, dual and elastic, written from the specification alone.
+"""Decoding by every policy (none, prefix, dual, elastic, rolling), written from the specification.
 
 Plain loops over layers and Python sets of positions. Every step also records by how much each
 kind of decision was taken, so that a comparison in another precision may tell a near-tie from a
@@ -25,6 +25,7 @@ class Options:
     track_num: int = 1
     block_caching: bool = True
     block_length: int = 32
+    num_rows: int = 64
     tokens_per_step: int | None = None
     steps: int | None = None
     factor: float | None = None
@@ -100,6 +101,8 @@ def generate(model: OracleModel, prompt: list[int], options: Options) -> Result:
         decode_without_cache(model, state, options)
     elif options.policy == "elastic":
         decode_elastic(model, state, options)
+    elif options.policy == "rolling":
+        decode_rolling(model, state, options)
     else:
         decode_blocks(model, state, options)
     return finish(model, state)
@@ -274,6 +277,35 @@ def forward_rows(
             keys[layer][rows], values[layer][rows] = k, v
         x = model.finish_layer(layer, x, model.weights(q, keys[layer]), values[layer])
     return x
+
+
+# ---- rolling ---------------------------------------------------------------------------------
+
+
+def decode_rolling(model: OracleModel, state: State, options: Options) -> None:
+    """`tracked` of a step's record are the cached positions that the next step computes anew."""
+    everything = list(range(len(state.ids)))
+    keys: list[torch.Tensor] = [torch.empty(0)] * model.num_layers
+    values: list[torch.Tensor] = [torch.empty(0)] * model.num_layers
+    last = {p: 0 for p in everything}  # the step that computed a position last
+    rows = everything
+    while state.masked:
+        margins = Margins()
+        window = state.leftmost(options.window)
+        hidden = forward_rows(model, state.ids, rows, keys, values)
+        logits = model.logits(hidden[[rows.index(p) for p in window]])
+        for position in rows:
+            last[position] = len(state.steps)
+        computed = rows
+        new = commit(model, state, window, logits, options, margins, options.tokens_per_step)
+        drop_tail(model, state, new)
+        needed = sorted({*new, *state.leftmost(options.window)})
+        others = [p for p in everything if p not in needed]
+        others.sort(key=lambda p: last[p])
+        oldest = sorted(others[: max(0, options.num_rows - len(needed))])
+        rows = oldest + needed
+        first_full = model.num_layers if state.steps else -1
+        record(state, first_full, new, oldest, computed, [], margins)
 
 
 # ---- elastic ---------------------------------------------------------------------------------

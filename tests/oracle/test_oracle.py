@@ -183,7 +183,7 @@ def test_infilling_touches_masks_alone(tmp_path: Path) -> None:
     model, prompt = make(tmp_path, SHAPE), prompt_for(SHAPE, 20)
     holes = {2, 3, 9, 10, 11, 18}
     ids = [SHAPE.mask_id if i in holes else t for i, t in enumerate(prompt)]
-    for policy in ("none", "prefix", "dual", "elastic"):
+    for policy in ("none", "prefix", "dual", "elastic", "rolling"):
         options = Options(3, policy=policy, window=4, block_length=5)
         result = generate(model, ids, options)
         kept = [i for i in range(20) if i not in holes]

@@ -85,9 +85,13 @@ def _draw_speed(path: Path, summary: Summary) -> None:
                 at_x, at_y, _bars(figures.correct, 100), _bars(figures.tokens_per_second),
                 color=line.get_color(), linewidth=0.7, capsize=2,
             )  # fmt: skip
-            axes.annotate(
-                figures.cell, (at_x, at_y), xytext=(4, 4), textcoords="offset points", fontsize=7
-            )
+    # Neighbours along the axis are labelled above and below in turns, so that they stay legible.
+    ordered = sorted(summary.figures, key=lambda figures: figures.tokens_per_second.value)
+    for index, figures in enumerate(ordered):
+        at = figures.tokens_per_second.value, 100 * figures.correct.value
+        offset = (5, 5 if index % 2 else -10)
+        axes.annotate(figures.cell, at, xytext=offset, textcoords="offset points", fontsize=7)
+    axes.margins(x=0.12)
     axes.set_xlabel("tokens per second (to the first EOS, batch 1)")
     axes.set_ylabel("correct answers, %")
     axes.grid(alpha=0.3)

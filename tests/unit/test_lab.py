@@ -9,13 +9,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import elastic_cache
 import pytest
 import torch
 from elastic_cache.config import GenerationConfig
+from elastic_cache.engine import Engine
 from elastic_cache.lab import plots, report
 from elastic_cache.lab.answers import COLD, Answer, AnswerFile, read_folder
 from elastic_cache.lab.cells import Cell, PeerSettings, read_cells
-from elastic_cache.lab.session import Turn, plan, turns_left
+from elastic_cache.lab.session import Session, Turn, plan, turns_left
 from elastic_cache.lab.summary import (
     Summary,
     choose,
@@ -25,6 +27,7 @@ from elastic_cache.lab.summary import (
     summarize,
     wilson,
 )
+from elastic_cache.problems import problems
 
 RUN = {"model": "tiny", "inflate": None, "device": "cpu", "dtype": "float32", "problems": 2,
        "repeat": 1, "cells": {"none": {"window": 16}}}  # fmt: skip
@@ -106,6 +109,54 @@ def test_a_run_goes_on_where_it_stopped_and_warms_up_again() -> None:
     for turn in turns[2:]:
         file.add(answer(problem=turn.problem, repeat=turn.repeat))
     assert turns_left(turns, file) == []
+
+
+# answers
+
+
+class FakePeer:
+    """Answers "#### 42", an EOS, and then more: what a decoder without a stop leaves there."""
+
+    def __init__(self, engine: Engine) -> None:
+        tokenizer, eos = engine.model.tokenizer, engine.model.config.eos_id
+        assert tokenizer is not None
+        self.answer = tokenizer.encode("#### 42")
+        self.tail = [eos, *tokenizer.encode("#### 7"), eos]
+        self.asked: list[tuple[object, ...]] = []
+
+    def generate(self, prompt: torch.Tensor, *settings: object) -> tuple[torch.Tensor, int, float]:
+        self.asked.append(settings)
+        return torch.tensor([*prompt.tolist(), *self.answer, *self.tail]), 20, 0.5
+
+
+def test_a_peers_answer_ends_at_its_first_eos() -> None:
+    engine = elastic_cache.load("tiny")
+    session = Session(engine, None, [("How many?", "#### 42"), ("How many?", "#### 7")])
+    peer = session._peer = FakePeer(engine)  # type: ignore[assignment]
+    dual, none = read_cells("fast-dllm,fast-dllm:mode=none", {"gen_length": 64})
+    right, wrong = (session.answer(Turn(dual, problem, 0)) for problem in (0, 1))
+    assert peer.asked == [("dual", 64, 32, 0.9)] * 2
+    assert right.ids == peer.answer and right.is_correct and not wrong.is_correct
+    # Two blocks begin with a full forward each; without a cache every forward is one.
+    assert (right.nfe, right.seconds, right.update_frequency) == (20, 0.5, 0.1)
+    assert session.answer(Turn(none, 0, 0)).update_frequency == 1.0
+
+
+def test_our_answer_is_the_engines() -> None:
+    engine = elastic_cache.load("tiny")
+    ((question, solution),) = problems(seed=5, count=1)
+    session = Session(engine, None, [(question, solution)])
+    (cell,) = read_cells("elastic:gamma=0.97", {"gen_length": 48})
+    got = session.answer(Turn(cell, 0, 0))
+    want = engine.generate(question, gen_length=48, gamma=0.97, trace=True)
+    assert want.trace is not None
+    assert got.ids == want.ids[-48:][: want.num_tokens].tolist()
+    assert (got.nfe, got.update_frequency) == (want.nfe, want.update_frequency)
+    assert len(got.step_seconds) == got.nfe and sum(got.step_seconds) <= got.seconds
+    assert got.first_full_layers == [step.first_full_layer for step in want.trace[1:]]
+    tested = [step.similarity[0] for step in want.trace if step.similarity]
+    assert got.similarity[0] == pytest.approx(sum(tested) / len(tested), abs=1e-6)
+    assert got.peak_bytes is None
 
 
 # files

@@ -145,9 +145,10 @@ def _read_shard(options: argparse.Namespace) -> tuple[int, int]:
 
 def _describe(options: argparse.Namespace, cells: Sequence[Cell]) -> dict[str, Any]:
     """What a run is: what must be equal for another process to go on with it."""
-    names = ("model", "inflate", "device", "dtype", "problems", "repeat")
+    names = ("model", "inflate", "dtype", "problems", "repeat")
     return {
         **{name: getattr(options, name) for name in names},
+        "device": options.device.partition(":")[0],  # shards may have a GPU each
         "cells": {cell.name: dataclasses.asdict(cell.settings) for cell in cells},
     }
 

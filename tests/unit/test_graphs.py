@@ -1,0 +1,132 @@
+"""What is captured, when, and what is forgotten; with a capture that only remembers the work.
+
+The capture itself, and that it changes no bit, is tested on a GPU (tests/e2e/test_cuda.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import elastic_cache
+import pytest
+import torch
+from elastic_cache.engine import Engine
+from elastic_cache.runner import BUCKET, MAX_CAPTURED_LENGTHS, Graphs, Runner
+
+QUESTION = "Ava has 12 apples. Then Ava buys 30 more apples. How many apples does Ava have now?"
+
+
+class Recorded:
+    """In the place of a CUDA graph: does its work again when it is replayed."""
+
+    def __init__(self, work: Callable[[], None], log: list[str]) -> None:
+        self._work, self._log = work, log
+
+    def replay(self) -> None:
+        self._log.append("replay")
+        self._work()
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What graphs do from here on."""
+    entries: list[str] = []
+
+    def capture(self: Graphs, function: Callable[[], None]) -> Any:
+        entries.append("capture")
+        return Recorded(function, entries)
+
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return entries
+
+
+def make_graphs(most: int | None = None) -> Graphs:
+    stream: Any = None
+    return Graphs(stream, most)
+
+
+def test_the_second_run_is_captured_and_later_ones_replayed(log: list[str]) -> None:
+    graphs, done = make_graphs(), []
+    for _ in range(3):
+        graphs.run(5, lambda: done.append(5))
+    assert log == ["capture", "replay", "replay"] and done == [5] * 3
+    graphs.run(6, lambda: done.append(6))
+    assert len(log) == 3 and done[-1] == 6
+
+
+def test_the_keys_run_last_are_kept(log: list[str]) -> None:
+    graphs = make_graphs(most=2)
+
+    def runs(*keys: int) -> list[str]:
+        log.clear()
+        for key in keys:
+            graphs.run(key, lambda: None)
+        return list(log)
+
+    assert runs(1, 1, 2, 2) == ["capture", "replay"] * 2
+    assert runs(1, 2, 1) == ["replay"] * 3
+    assert runs(3) == []  # 2 is forgotten, 1 was run after it
+    assert runs(1) == ["replay"]
+    assert runs(2, 2) == ["capture", "replay"]
+
+
+def engine_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, captures: bool) -> Engine:
+    """An engine on the CPU with a GPU's padded row lists, and its way through the graphs."""
+    stream: Any = object() if captures else None
+    init = Runner.__init__
+
+    def padded(self: Runner, *args: Any) -> None:
+        init(self, *args)
+        self._is_padded = True
+
+    monkeypatch.setattr(Runner, "__init__", padded)
+    monkeypatch.setattr("elastic_cache.engine.capture_stream", lambda device, capture: stream)
+    return elastic_cache.load("tiny")
+
+
+@pytest.mark.parametrize("policy", ["none", "dual", "elastic", "rolling"])
+def test_requests_by_graphs_give_the_same_steps(
+    policy: str, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(gen_length=24, policy=policy, gamma=2.0, block_length=8, trace=True)
+    plain, captured = (engine_as_on_a_gpu(monkeypatch, captures=x) for x in (False, True))
+    for _ in range(2):
+        expected, got = (engine.generate(QUESTION, **settings) for engine in (plain, captured))
+        assert got.trace == expected.trace and torch.equal(got.ids, expected.ids)
+    assert log.count("replay") > 2
+
+
+def test_a_full_pass_is_captured_once_per_length(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_as_on_a_gpu(monkeypatch, captures=True)
+    steps = engine.generate(QUESTION, gen_length=24, policy="none").nfe
+    assert log == ["capture", *["replay"] * (steps - 1)]
+    log.clear()
+    steps = engine.generate(QUESTION, gen_length=24, policy="none").nfe
+    assert log == ["replay"] * steps
+    runner = engine._runners._idle[-1]
+    assert runner._whole_graphs is not None and len(runner._whole_graphs._graphs) == 1
+    assert runner._whole_graphs._most == MAX_CAPTURED_LENGTHS
+
+
+def test_only_the_window_pass_of_a_refreshed_step_is_a_graph(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers behind a failed test are launched one by one, and end as a graph of their own."""
+    engine = engine_as_on_a_gpu(monkeypatch, captures=True)
+    keys: list[int] = []
+    run = Graphs.run
+
+    def spy(self: Graphs, key: int, function: Callable[[], None]) -> None:
+        keys.append(key)
+        run(self, key, function)
+
+    monkeypatch.setattr(Graphs, "run", spy)
+    out = engine.generate(QUESTION, gen_length=24, gamma=2.0, trace=True)
+    assert out.trace is not None
+    length = len(out.ids)
+    windows = [-(-step.num_rows // BUCKET) * BUCKET for step in out.trace[1:]]
+    assert keys == [length, *(key for rows in windows for key in (rows, 0))]

@@ -29,6 +29,9 @@ from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
+from elastic_cache.policies.elastic import ElasticPolicy
+from elastic_cache.policies.none import NonePolicy
+from elastic_cache.policies.rolling import RollingPolicy
 from elastic_cache.report import Report
 from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for, capture_stream
 from harness import DTYPES, num_bytes, stream_rate, synchronise
@@ -101,16 +104,11 @@ class BenchRunner(Runner):
         return restore
 
 
-ELASTIC = CacheNeeds(keys_values=True, queries=True, inputs=True)
-ROLLING = CacheNeeds(keys_values=True, queries=False, inputs=False)
-NONE = CacheNeeds(keys_values=False, queries=False, inputs=False)
-
-
 def make_runner(
     model: Model,
     length: int,
     *,
-    needs: CacheNeeds = ELASTIC,
+    needs: CacheNeeds = ElasticPolicy.needs,
     tests_drift: bool = False,
     rolling_rows: int = 0,
     capture: bool = True,
@@ -212,9 +210,9 @@ def measure_length(
     runner.forced_layer = None
     add(few, Cell("full step", runner, Plan(True, length, WINDOW)))
     del runner, untested
-    none = make_runner(model, length, needs=NONE)
+    none = make_runner(model, length, needs=NonePolicy.needs)
     for count in (count for count in rows if WINDOW < count <= length):
-        rolling = make_runner(model, length, needs=ROLLING, rolling_rows=count)
+        rolling = make_runner(model, length, needs=RollingPolicy.needs, rolling_rows=count)
         add(
             steps,
             Cell("rolling", rolling, Plan(False, count, WINDOW)),

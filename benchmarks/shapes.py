@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import torch
 from elastic_cache.config import ModelConfig
+from elastic_cache.models.inflate import LLADA_8B
 from elastic_cache.models.weights import LayerWeights, Model, ModelWeights, rope_table
 
 SHAPES = {
-    "llada-8b": ModelConfig(
-        architecture="llada",
-        hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        intermediate_size=12288,
-        vocab_size=126464,
-        max_length=4096,
-        rope_theta=500000.0,
-        rms_norm_eps=1e-5,
-        tie_embeddings=False,
-        mask_id=126336,
-        eos_id=126081,
-    ),
+    "llada-8b": LLADA_8B,
     "small": ModelConfig(
         architecture="llada",
         hidden_size=256,

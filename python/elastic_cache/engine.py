@@ -62,9 +62,15 @@ def load(name: str, device: str = "cpu", dtype: str = "float32", capture: bool =
     Raises:
         ValueError: one sentence that says what is wrong with an argument or the checkpoint.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return Engine(load_model(name, find_device(device), DTYPES[dtype]), capture)
+    kind = find_dtype(dtype)
+    return Engine(load_model(name, find_device(device), kind), capture)
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """The dtype of that name; ValueError if it is none that the operators have."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 class Engine:
@@ -201,7 +207,6 @@ class Request:
         self._ids: list[int] = prompt.ids.tolist()
         policy = make_policy(prompt.masked.tolist(), settings, model.config.eos_id)
         self._policy = policy
-        self._tracks = policy.tests_drift or policy.num_rows > 0
         self._runners = runners
         self._runner = runners.take(runner_shape(model, policy, settings, len(prompt.ids)))
         start = Start(
@@ -294,7 +299,7 @@ class Request:
             committed=committed,
             tokens=tokens,
             confidence=[confidence[i] for i in hits],
-            tracked=_positions(report.tracked) if self._tracks else [],
+            tracked=_positions(report.tracked),
             similarity=self._similarity(first_full),
             num_rows=launched.num_rows,
             num_masked=status[STATUS_MASKED],

@@ -97,6 +97,7 @@ def test_bench_shards_meet(model: str, tmp_path: Path, capsys: pytest.CaptureFix
     argv = ["bench", "--model", model, "--policies", "none", *BENCH, "--out", str(tmp_path)]
     for shard in ("1/2", "2/2"):
         assert main([*argv, "--shard", shard]) == 0
+    assert main([*argv, "--report"]) == 0  # and writes no file of answers of its own
     capsys.readouterr()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["cells"][0]["num_problems"] == 2

@@ -87,20 +87,25 @@ def run(options: argparse.Namespace) -> int:
     given = {k: v for k, v in shared.read_settings(options).items() if v is not None}
     cells = read_cells(options.policies, given)
     part, parts = _check(options, cells)
-    from elastic_cache.lab.answers import AnswerFile
+    from elastic_cache.lab.answers import AnswerFile, check_same, read_folder
     from elastic_cache.lab.session import plan, turns_left
 
-    out = None if options.out is None else Path(options.out)
-    name = "answers.jsonl" if parts == 1 else f"answers-{part}-of-{parts}.jsonl"
-    file = AnswerFile(None if out is None else out / name, _describe(options, cells))
-    turns = plan(cells, range(part - 1, options.problems, parts), options.repeat)
-    left = [] if options.report else turns_left(turns, file)
-    engine = _load(options) if left or options.overhead else None
-    if left:
-        assert engine is not None
-        _answer(engine, options, file, left)
-    overheads = _overheads(engine, options, cells) if options.overhead else []
-    _report(options, file, cells, overheads)
+    run_of, out = _describe(options, cells), None if options.out is None else Path(options.out)
+    engine = None
+    if options.report:
+        assert out is not None
+        record = read_folder(out)
+        check_same(record.run, run_of, out)
+    else:
+        name = "answers.jsonl" if parts == 1 else f"answers-{part}-of-{parts}.jsonl"
+        file = AnswerFile(None if out is None else out / name, run_of)
+        turns = plan(cells, range(part - 1, options.problems, parts), options.repeat)
+        if left := turns_left(turns, file):
+            engine = _load(options)
+            _answer(engine, options, file, left)
+        record = file.record if out is None else read_folder(out)
+    overheads = _overheads(engine or _load(options), options, cells) if options.overhead else []
+    _report(options, record, cells, overheads)
     return 0
 
 
@@ -159,13 +164,11 @@ def _load(options: argparse.Namespace) -> Engine:
     if options.inflate is None:
         return load(options.model, device=options.device, dtype=options.dtype)
     from elastic_cache.device import find_device
-    from elastic_cache.engine import DTYPES
+    from elastic_cache.engine import find_dtype
     from elastic_cache.models.inflate import SHAPES, inflate
 
-    device, small = find_device(options.device), load(options.model).model
-    if options.dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    return Engine(inflate(small, SHAPES[options.inflate], device, DTYPES[options.dtype]))
+    device, dtype = find_device(options.device), find_dtype(options.dtype)
+    return Engine(inflate(load(options.model).model, SHAPES[options.inflate], device, dtype))
 
 
 def _answer(
@@ -186,12 +189,11 @@ def _answer(
 
 
 def _overheads(
-    engine: Engine | None, options: argparse.Namespace, cells: Sequence[Cell]
+    engine: Engine, options: argparse.Namespace, cells: Sequence[Cell]
 ) -> list[Overhead]:
     from elastic_cache.cli.overhead import measure_overhead
     from elastic_cache.problems import HELD_OUT_SEED, problems
 
-    assert engine is not None
     question = problems(HELD_OUT_SEED, 1)[0][0]
     return [
         measure_overhead(engine, question, cell.settings)
@@ -202,15 +204,13 @@ def _overheads(
 
 def _report(
     options: argparse.Namespace,
-    file: AnswerFile,
+    record: Record,
     cells: Sequence[Cell],
     overheads: Sequence[Overhead],
 ) -> None:
-    from elastic_cache.lab.answers import read_folder
     from elastic_cache.lab.report import HEADER, as_json, machines, table
     from elastic_cache.lab.summary import summarize
 
-    record = file.record if options.out is None else read_folder(Path(options.out))
     summary = summarize(cells, record.answers)
     if not summary.figures:
         raise ValueError("no problem has been answered: a shard begins at the I-th of the problems")

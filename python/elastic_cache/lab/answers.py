@@ -86,7 +86,7 @@ class AnswerFile:
             whole = text[: text.rfind("\n") + 1]
             if whole:
                 self._record = parse(whole, path)
-                _check_same(self._record.run, _plain(run), path)
+                check_same(self._record.run, run, path)
                 if whole != text:
                     path.write_text(whole, encoding="utf-8")
                 return
@@ -127,7 +127,7 @@ def read_folder(folder: Path) -> Record:
     for path in sorted(folder.glob("answers*.jsonl")):
         text = path.read_text(encoding="utf-8")
         records.append(parse(text[: text.rfind("\n") + 1], path))
-        _check_same(records[0].run, records[-1].run, path)
+        check_same(records[0].run, records[-1].run, path)
     if not records:
         raise ValueError(f"{folder} holds no answers*.jsonl")
     return Record(
@@ -162,7 +162,9 @@ def parse(text: str, path: Path) -> Record:
     return Record(run, machines, answers)
 
 
-def _check_same(run: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def check_same(run: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Refuses to go on with, or to report, what `path` holds of another run than the wanted one."""
+    wanted = _plain(wanted)
     names: Sequence[str] = [*dict.fromkeys([*run, *wanted])]
     for name in names:
         if run.get(name) != wanted.get(name):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from elastic_cache.config import GenerationConfig
 
@@ -108,7 +108,7 @@ def _value(name: str, setting: str, text: str, kind: Any) -> Any:
         if text not in ("True", "False"):
             raise ValueError(f"{name!r}: {setting} must be True or False, got {text!r}")
         return text == "True"
-    wanted = int if "int" in str(kind) else float
+    wanted = int if int in (kind, *get_args(kind)) else float
     try:
         return wanted(text)
     except ValueError:

@@ -14,9 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from elastic_cache.lab.answers import COLD, Answer, AnswerFile
 from elastic_cache.lab.cells import Cell, PeerSettings
 from elastic_cache.problems import final_number
+from elastic_cache.prompt import encode_prompt
 
 if TYPE_CHECKING:
     from elastic_cache.engine import Engine
@@ -107,8 +110,6 @@ class Session:
         )
 
     def _ask_peer(self, question: str, turn: Turn) -> Answer:
-        from elastic_cache.prompt import encode_prompt
-
         settings = turn.cell.settings
         assert self._peer is not None and isinstance(settings, PeerSettings)
         model = self._engine.model
@@ -135,14 +136,10 @@ class Session:
         )
 
     def _reset_peak(self) -> None:
-        import torch
-
         if self._engine.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._engine.model.device)
 
     def _peak(self) -> int | None:
-        import torch
-
         device = self._engine.model.device
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 

@@ -122,7 +122,7 @@ def _figures(
     tokens, nfe = sum(len(answer.ids) for answer in own), sum(answer.nfe for answer in own)
     cold = [a.seconds for a in answers if a.cell == cell.name and a.repeat == COLD]
     first = [1e3 * answer.step_seconds[0] for answer in own if answer.step_seconds]
-    later = sorted(1e3 * seconds for answer in own for seconds in answer.step_seconds[1:])
+    later = [1e3 * seconds for answer in own for seconds in answer.step_seconds[1:]]
     peaks = [answer.peak_bytes for answer in own if answer.peak_bytes is not None]
     return Figures(
         cell=cell.name,
@@ -145,14 +145,11 @@ def _figures(
     )
 
 
-def quantile(ordered: Sequence[float], share: float) -> float | None:
-    """Of ascending values, between neighbours."""
-    if not ordered:
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """Between neighbours; None of no values."""
+    if not values:
         return None
-    at = share * (len(ordered) - 1)
-    low, part = int(at), at - int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + part * (ordered[high] - ordered[low])
+    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), share))
 
 
 def wilson(hits: int, count: int) -> Estimate:

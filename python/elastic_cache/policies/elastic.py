@@ -10,28 +10,15 @@ from __future__ import annotations
 
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
-from elastic_cache.plan import Plan
-from elastic_cache.types import Step
+from elastic_cache.policies.window import WindowPolicy
 
 
-class ElasticPolicy:
+class ElasticPolicy(WindowPolicy):
     """Sliding window, drift test on the most attended tokens, refresh from the failing layer on."""
 
     needs = CacheNeeds(keys_values=True, queries=True, inputs=True)
-    drops_tail_at_eos = True
     tests_drift = True
-    num_rows = 0
 
     def __init__(self, masked: list[bool], settings: GenerationConfig) -> None:
-        self.window = min(settings.window, len(masked))
-        self.num_candidates = self.window
+        super().__init__(masked, settings)
         self.lookahead = 0 if settings.block_caching else len(masked)
-        self._num_masked = sum(masked)
-        self._is_first = True
-
-    def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
-        return Plan(self._is_first, num_rows, num_candidates) if self._num_masked else None
-
-    def observe(self, step: Step) -> None:
-        self._is_first = False
-        self._num_masked = step.num_masked

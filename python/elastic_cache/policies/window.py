@@ -1,0 +1,30 @@
+"""What the policies with a sliding window share: none, elastic and rolling."""
+
+from __future__ import annotations
+
+from elastic_cache.cache import CacheNeeds
+from elastic_cache.config import GenerationConfig
+from elastic_cache.plan import Plan
+from elastic_cache.types import Step
+
+
+class WindowPolicy:
+    """Decodes the leftmost masked positions; step 0 is a full forward, later steps reuse it."""
+
+    needs: CacheNeeds
+    drops_tail_at_eos = True
+    tests_drift = False
+
+    def __init__(self, masked: list[bool], settings: GenerationConfig) -> None:
+        self.window = min(settings.window, len(masked))
+        self.num_candidates = self.window
+        self.lookahead = self.num_rows = 0
+        self._num_masked = sum(masked)
+        self._is_full = True  # the next step
+
+    def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
+        return Plan(self._is_full, num_rows, num_candidates) if self._num_masked else None
+
+    def observe(self, step: Step) -> None:
+        self._is_full = False
+        self._num_masked = step.num_masked

@@ -421,8 +421,9 @@ def test_live_view_on_a_terminal() -> None:
 
 
 def test_ctrl_c_ends_quietly() -> None:
-    arguments = ["generate", "--policy", "none", "--gen-length", "2000", "--prompt", QUESTION]
-    code, shown = on_terminal(arguments, interrupt_at=b"step 1 ")
+    # About 70 steps of 100 ms: the interrupt arrives long before the answer ends.
+    arguments = ["generate", "--policy", "none", "--gen-length", "500", "--tokens-per-step", "1"]
+    code, shown = on_terminal([*arguments, "--prompt", QUESTION], interrupt_at=b"step 1 ")
     assert code == 130
     assert "Traceback" not in shown and "error" not in shown
     assert shown.rindex("\x1b[?25h") > shown.rindex("step 1 "), "the cursor is visible again"

@@ -9,7 +9,8 @@
 STABLE_TORCH_LIBRARY(elastic_cache, m) {
   m.def(
       "rolling_rows(Tensor masked, Tensor committed, Tensor window, Tensor num_rows, "
-      "Tensor key_range, Tensor(a!) age, Tensor(b!) chosen) -> ()");
+      "Tensor key_range, int ahead, int repeats, int reach, Tensor(a!) due, "
+      "Tensor(b!) chosen) -> ()");
   m.def(
       "select_rows(Tensor masked, Tensor committed, Tensor tracked, Tensor window, "
       "Tensor lookahead, Tensor(a!) rows, Tensor(b!) segments, Tensor(c!) window_rows) -> ()");

@@ -11,8 +11,8 @@ namespace elastic_cache::ops {
 using torch::stable::Tensor;
 
 void rolling_rows(const Tensor& masked, const Tensor& committed, const Tensor& window,
-                  const Tensor& num_rows, const Tensor& key_range, const Tensor& age,
-                  const Tensor& chosen);
+                  const Tensor& num_rows, const Tensor& key_range, int64_t ahead, int64_t repeats,
+                  int64_t reach, const Tensor& due, const Tensor& chosen);
 void select_rows(const Tensor& masked, const Tensor& committed, const Tensor& tracked,
                  const Tensor& window, const Tensor& lookahead, const Tensor& rows,
                  const Tensor& segments, const Tensor& window_rows);

@@ -56,7 +56,7 @@ class GenerationConfig:
     track_num: int = 1
     block_caching: bool = True
     block_length: int = 32
-    num_rows: int = 64
+    num_rows: int = 96
     tokens_per_step: int | None = None
     steps: int | None = None
     factor: float | None = None

@@ -105,7 +105,7 @@ class Engine:
                 window's (default True).
             block_length: block size of `prefix` and `dual` (default 32).
             num_rows: rows that `rolling` computes in every step, the window among them
-                (default 64).
+                (default 96).
             tokens_per_step: commit exactly this many best candidates a step instead.
             steps: Fast-dLLM's fixed number of steps (`prefix` and `dual`) instead.
             factor: Fast-dLLM's factor rule instead.

@@ -32,6 +32,8 @@ BUCKET = 16
 """On a GPU rows are padded to a multiple of this, which is a product's granularity as well."""
 MAX_CAPTURED_ROWS = 128
 MAX_CAPTURED_LENGTHS = 4
+ROLLING_AHEAD, ROLLING_REPEATS, ROLLING_REACH = 8, 3, 16
+"""How `ops.rolling_rows` weighs what is due; docs/results.md has what other values give."""
 CAPACITY_STEP = 256
 """On a GPU capacities are multiples of this, so that requests of other lengths find the graphs."""
 
@@ -220,7 +222,7 @@ class Runner:
 
     def _run_layers(self, first: int, candidates: torch.Tensor) -> None:
         if self.shape.is_rolling:
-            self._state.age.zero_()
+            self._state.due.zero_()
         segments = self._lists.window_segments
         self._forward.run_full(first, self._length, candidates, segments, self._state, self._drift)
 
@@ -271,7 +273,10 @@ class Runner:
                 lists.window,
                 lists.num_rows,
                 state.key_range,
-                state.age,
+                ROLLING_AHEAD,
+                ROLLING_REPEATS,
+                ROLLING_REACH,
+                state.due,
                 state.tracked[0],
             )
         ops.select_rows(

@@ -3,8 +3,8 @@
 Everything lives on the device at fixed addresses, so that ops decide without asking the host and a
 captured step finds its data. Only the commit changes `tokens`, `masked`, `committed` and
 `eos_position`; only the drift decision lowers `first_full_layer`; only it, or the choice of the
-oldest rows in its place, changes `tracked`; only that choice changes `age`; only the row selection
-changes the lists.
+most due rows in its place, changes `tracked`; only that choice, and a full pass, which leaves
+nothing due, changes `due`; only the row selection changes the lists.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DecodeState:
     eos_position: torch.Tensor  # int32 [S] the EOS that cut the tail, -1 before that
     tracked: torch.Tensor  # int32 [L, S, k] positions chosen in the previous step, -1 = none
     similarity: torch.Tensor  # float64 [L, S] what the drift test of the last step found
-    age: torch.Tensor  # int32 [S, C] steps since a position was computed; of policy rolling alone
+    due: torch.Tensor  # int32 [S, C] how due a position is to be computed; of policy rolling alone
     first_full_layer: torch.Tensor  # int32 [S] L until a drift test fails
     status: torch.Tensor  # int32 [S, 4] what the last commit reports
 
@@ -47,7 +47,7 @@ class DecodeState:
             eos_position=torch.zeros(count, dtype=torch.int32, device=device),
             tracked=report.tracked,
             similarity=report.similarity,
-            age=torch.zeros(count, capacity, dtype=torch.int32, device=device),
+            due=torch.zeros(count, capacity, dtype=torch.int32, device=device),
             first_full_layer=report.first_full_layer,
             status=report.status,
         )
@@ -58,7 +58,7 @@ class DecodeState:
         self.tokens.zero_()[0, :length] = ids.to(self.tokens.device)
         self.masked.zero_()[0, :length] = masked.to(self.masked.device)
         self.committed.zero_()
-        self.age.zero_()
+        self.due.zero_()
         self.key_range.copy_(torch.tensor([[0, length]], dtype=torch.int32))
         self.eos_position.fill_(-1)
         self.tracked.fill_(-1)

@@ -1,11 +1,14 @@
-"""Policy rolling: a fixed number of rows, every position in its turn, and all of them is `none`."""
+"""Policy rolling: a fixed number of rows, those most due, and all of them is `none`."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import elastic_cache
 import pytest
 import torch
 from elastic_cache.engine import Engine
+from elastic_cache.runner import ROLLING_AHEAD, ROLLING_REPEATS
 from elastic_cache.types import Step
 
 QUESTION = "Ava has 12 apples. Then Ava buys 30 more apples. How many apples does Ava have now?"
@@ -36,23 +39,23 @@ def test_rows_of_a_step(engine: Engine, window: int, num_rows: int) -> None:
         fresh = len(step.committed)
 
 
-def test_every_position_has_its_turn(engine: Engine) -> None:
-    """After step 0 no position waits longer than the others need to have their turn once."""
-    window, num_rows = 8, 32
+def test_what_is_computed_anew(engine: Engine) -> None:
+    """What was just committed comes three times more, so do the masks behind the window, and no
+    position is left out for good."""
+    window, num_rows = 8, 64
     trace = steps(engine, policy="rolling", window=window, num_rows=num_rows)
     length = trace[0].num_rows
     last = dict.fromkeys(range(length), 0)
     masked = set(range(length - GEN_LENGTH, length))
-    for step, after in zip(trace, trace[1:], strict=False):
+    committed: list[list[int]] = []
+    for step, after in pairwise(trace):
         masked = set(sorted(masked - set(step.committed))[: step.num_masked])  # EOS drops some
-        in_window = sorted(masked)[:window]
-        assert not set(step.tracked) & {*step.committed, *in_window}
-        assert step.tracked == sorted(set(step.tracked))
-        oldest = min(last[p] for p in step.tracked)
-        others = set(range(length)) - {*step.tracked, *step.committed, *in_window}
-        assert all(last[p] >= oldest for p in others) and others
-        assert max(last[p] for p in step.tracked) <= min(last[p] for p in others)
-        last |= dict.fromkeys([*step.tracked, *step.committed, *in_window], after.index)
+        needed = {*step.committed, *sorted(masked)[:window]}
+        ahead = sorted(masked)[window : window + ROLLING_AHEAD]
+        assert step.tracked == sorted(set(step.tracked)) and not set(step.tracked) & needed
+        assert {*ahead, *sum(committed[-ROLLING_REPEATS:], [])} <= set(step.tracked)
+        committed.append(step.committed)
+        last |= dict.fromkeys([*step.tracked, *needed], after.index)
     assert min(last.values()) > 0
 
 
@@ -66,7 +69,7 @@ def test_all_rows_is_the_full_recompute(engine: Engine, num_rows: int) -> None:
 
 
 def test_a_runner_starts_anew(engine: Engine) -> None:
-    """The ages of one request are not the next one's."""
+    """What is due of one request is not so of the next one."""
     settings = dict(policy="rolling", gen_length=GEN_LENGTH, num_rows=24, trace=True)
     first, again = (engine.generate(QUESTION, **settings) for _ in range(2))
     assert first.trace == again.trace and torch.equal(first.ids, again.ids)

@@ -25,7 +25,7 @@ class Options:
     track_num: int = 1
     block_caching: bool = True
     block_length: int = 32
-    num_rows: int = 64
+    num_rows: int = 96
     tokens_per_step: int | None = None
     steps: int | None = None
     factor: float | None = None
@@ -287,25 +287,56 @@ def decode_rolling(model: OracleModel, state: State, options: Options) -> None:
     everything = list(range(len(state.ids)))
     keys: list[torch.Tensor] = [torch.empty(0)] * model.num_layers
     values: list[torch.Tensor] = [torch.empty(0)] * model.num_layers
-    last = {p: 0 for p in everything}  # the step that computed a position last
+    waiting = {p: Waiting() for p in everything}
     rows = everything
     while state.masked:
         margins = Margins()
         window = state.leftmost(options.window)
         hidden = forward_rows(model, state.ids, rows, keys, values)
         logits = model.logits(hidden[[rows.index(p) for p in window]])
-        for position in rows:
-            last[position] = len(state.steps)
         computed = rows
         new = commit(model, state, window, logits, options, margins, options.tokens_per_step)
         drop_tail(model, state, new)
-        needed = sorted({*new, *state.leftmost(options.window)})
-        others = [p for p in everything if p not in needed]
-        others.sort(key=lambda p: last[p])
-        oldest = sorted(others[: max(0, options.num_rows - len(needed))])
-        rows = oldest + needed
+        chosen, rows = rolling_choice(state, new, options, waiting)
         first_full = model.num_layers if state.steps else -1
-        record(state, first_full, new, oldest, computed, [], margins)
+        record(state, first_full, new, chosen, computed, [], margins)
+
+
+@dataclass
+class Waiting:
+    """Why a position should be computed soon: it has turns to come, or it has waited for long."""
+
+    turns: int = 0
+    waited: int = 0
+
+
+def rolling_choice(
+    state: State, new: list[int], options: Options, waiting: dict[int, Waiting]
+) -> tuple[list[int], list[int]]:
+    """Cached positions to compute in the next step, and all positions of that step.
+
+    Three more turns for what was just committed, one for each of the 8 masks behind the window;
+    waiting counts less the further from the leftmost mask, half at a distance of 16.
+    """
+    masks, window = sorted(state.masked), state.leftmost(options.window)
+    needed = sorted({*new, *window})
+    first = masks[0] if masks else len(waiting)
+    for position, entry in waiting.items():
+        if position not in needed:
+            entry.waited += 16 * 1024 // (16 + abs(position - first))
+    for position in masks[len(window) : len(window) + 8]:
+        if waiting[position].turns == 0:
+            waiting[position] = Waiting(turns=1)
+    for position in window:
+        waiting[position] = Waiting()
+    for position in new:
+        waiting[position] = Waiting(turns=3)
+    others = [p for p in waiting if p not in needed]
+    others.sort(key=lambda p: (-waiting[p].turns, -waiting[p].waited, p))
+    chosen = sorted(others[: max(0, options.num_rows - len(needed))])
+    for position in chosen:
+        waiting[position] = Waiting(turns=max(0, waiting[position].turns - 1))
+    return chosen, chosen + needed
 
 
 # ---- elastic ---------------------------------------------------------------------------------

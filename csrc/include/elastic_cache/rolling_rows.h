@@ -1,19 +1,34 @@
-// Which cached positions a step of policy `rolling` computes anew: those computed longest ago.
-//   budget  num_rows - positions just committed - the window (the leftmost `window` still masked)
-//   chosen  of all other positions the `budget` of greatest age, ties to the lower position
-//   age     0 of the chosen, committed and window positions, one more of all others
-// The subtle thing: the step before this call has computed what the call before listed, so the age
-// that an op call leaves is the number of steps, the coming one included, without the position.
+// Which cached positions a step of policy `rolling` computes anew: those most due.
+//   first   the leftmost position that waits (still masked, not just committed), else the range's
+//   end due     of every position grows by kDueUnit * reach / (reach + |position - first|), rounded
+//   down;
+//           of the `ahead` waiting positions behind the window it is kUrgent at least
+//   budget  num_rows - positions just committed - the window (the leftmost `window` that wait)
+//   chosen  of all other positions the `budget` most due, ties to the lower position
+//   after   due is 0 of window and chosen positions, but what is urgent counts down: a position
+//   just
+//           committed has `repeats` times kUrgent, and being chosen takes one kUrgent from it
+// The subtle thing: the coming step counts as done, so it is the call after a step that says what
+// its positions are due then.
 #pragma once
 
 #include "elastic_cache/types.h"
 
 namespace elastic_cache {
 
+inline constexpr int32_t kDueUnit = 1024;
+inline constexpr int32_t kUrgent = 1
+                                   << 20;  // what a position next to `first` reaches in 1024 steps
+inline constexpr int64_t kMaxRepeats = 1024;
+inline constexpr int64_t kMaxReach = 1 << 20;
+
 struct RollingRowsParams {
   int64_t num_sequences;  // S
   int64_t capacity;       // C
   int64_t max_chosen;     // k, width of `chosen`, and the most a sequence gets
+  int64_t ahead;          // >= 0
+  int64_t repeats;        // 0 .. kMaxRepeats
+  int64_t reach;          // 1 .. kMaxReach: at this distance from `first` due grows half as fast
 
   const bool* masked;        // [S, C] still masked
   const bool* committed;     // [S, C] committed in the previous step
@@ -21,7 +36,7 @@ struct RollingRowsParams {
   const int32_t* num_rows;   // [S] rows of the step in all
   const int32_t* key_range;  // [S, 2]; positions outside of it are not looked at
 
-  int32_t* age;     // [S, C] in and out
+  int32_t* due;     // [S, C] in and out, at least 0
   int32_t* chosen;  // [S, k] out: positions, ascending, padded with -1
 };
 

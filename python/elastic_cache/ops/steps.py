@@ -54,13 +54,18 @@ def rolling_rows(
     window: Tensor,
     num_rows: Tensor,
     key_range: Tensor,
-    age: Tensor,
+    ahead: int,
+    repeats: int,
+    reach: int,
+    due: Tensor,
     chosen: Tensor,
 ) -> None:
-    """The cached positions that the next step computes anew: those computed longest ago.
+    """The cached positions that the next step computes anew: those most due.
 
-    As many as `num_rows` leaves beside the newly committed positions and the window; of equal age
-    the lower position. They may be given to `select_rows` as tracked positions of one layer.
+    As many as `num_rows` leaves beside the newly committed positions and the window; of equally
+    due ones the lower position. They may be given to `select_rows` as tracked positions of one
+    layer. A position that is not computed becomes due by `1024 * reach // (reach + distance)` a
+    step, its distance being that from the leftmost masked position. 2**20 and more is urgent.
 
     Args:
         masked: bool [S, C], positions still masked.
@@ -68,17 +73,24 @@ def rolling_rows(
         window: int32 [S], how many masked positions each sequence decodes at once.
         num_rows: int32 [S], rows of the step in all.
         key_range: int32 [S, 2]; positions outside of it are not looked at.
-        age: in and out, int32 [S, C], steps since a position was computed: the coming step counts
-            as done, so what it computes has age 0.
+        ahead: so many masked positions behind the window are urgent.
+        repeats: a newly committed position is urgent for so many steps after the coming one, 0 to
+            1024.
+        reach: positions at this distance become due half as fast as those beside the window, 1 to
+            2**20.
+        due: in and out, int32 [S, C], not negative. The coming step counts as done: what it
+            computes is at 0 again, or at 2**20 times the steps for which it stays urgent.
         chosen: out, int32 [S, k], positions in ascending order, padded with -1; at most k.
 
     Raises:
         ValueError: a wrong argument.
 
-    Source: the rolling refresh of docs/results.md; Flash-dLLM (arXiv 2609.26796) refreshes a fixed
-        number of rows a step, too.
+    Source: docs/results.md; Flash-dLLM (arXiv 2609.26796) refreshes a fixed number of rows a step,
+        too.
     """
-    _rolling_rows(masked, committed, window, num_rows, key_range, age, chosen)
+    _rolling_rows(
+        masked, committed, window, num_rows, key_range, ahead, repeats, reach, due, chosen
+    )
 
 
 def refresh_rows(

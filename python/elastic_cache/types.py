@@ -27,7 +27,7 @@ class Step:
         tokens: the token ids committed there, in the order of `committed`.
         confidence: the model's probability of each of them, in the same order.
         tracked: positions chosen in this step, to be recomputed in the next, ascending: by the
-            attention of every layer (elastic), or as the oldest ones (rolling).
+            attention of every layer (elastic), or as the most due ones (rolling).
         similarity: what the drift test found, a mean cosine for each layer before
             `first_full_layer`; empty where nothing was tested.
         num_rows: rows computed per reuse layer.

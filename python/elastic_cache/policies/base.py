@@ -24,7 +24,7 @@ class Policy(Protocol):
         window: masked positions that `ops.select_rows` lists; 0: the plans list positions.
         lookahead: further masked positions it lists, computed but not decoded.
         num_rows: rows that `ops.rolling_rows` fills every step to, with the cached positions
-            computed longest ago; 0: it does not.
+            most due; 0: it does not.
     """
 
     needs: CacheNeeds

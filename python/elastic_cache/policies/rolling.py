@@ -1,11 +1,13 @@
 """Policy `rolling`: a fixed number of rows a step and no refresh of whole layers.
 
 Step 0 is a full forward that fills the cache. Every later step computes the positions committed in
-the step before, the sliding window, and then the cached positions that were computed longest ago,
-up to `num_rows` rows in all. So every position is recomputed every few steps, in every layer, and
-a step takes the same time whatever has drifted: on a GPU 64 rows cost little more than 16.
+the step before and the sliding window, and fills up to `num_rows` rows with cached positions, those
+most due (`ops.rolling_rows`): what was committed in the last three steps, the masks that the window
+comes to next, and of all others what lies near it or was computed long ago. So the cache is fresh
+where the next tokens look, and a step takes the same time whatever has drifted: on a GPU 96 rows
+cost little more than 16.
 
-ALGORITHM.md section 6. Why age alone decides, and not also attention: docs/results.md.
+ALGORITHM.md section 6. Why these positions, and why not attention: docs/results.md.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from elastic_cache.policies.window import WindowPolicy
 
 
 class RollingPolicy(WindowPolicy):
-    """Sliding window; of all other positions those computed longest ago."""
+    """Sliding window; of all other positions those most due."""
 
     needs = CacheNeeds(keys_values=True, queries=False, inputs=False)
 

@@ -13,21 +13,24 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import elastic_cache
 import torch
-from elastic_cache import runner as runners
 from elastic_cache.config import GenerationConfig
 from elastic_cache.decoding import Decoder
 from elastic_cache.engine import Request
 from elastic_cache.lab.cells import read_cells
 from elastic_cache.models.weights import Model
+from elastic_cache.plan import RollingRule
+from elastic_cache.policies.rolling import RollingPolicy
 from elastic_cache.problems import HELD_OUT_SEED, problems
 from elastic_cache.prompt import encode_prompt
 from elastic_cache.runner import Runner, RunnerShape
 from rich.progress import track
+
+POLICIES = ("none", "elastic", "rolling")  # they decode the same positions
 
 Decoded = tuple[torch.Tensor, torch.Tensor]  # tokens and confidences of a step's candidates
 
@@ -87,13 +90,16 @@ class Listener:
 
 
 class Classroom:
-    """Gives a request its runner, with a listener."""
+    """Gives a request its runner, with a listener, and to one of `rolling` the rule."""
 
-    def __init__(self, model: Model, lesson: list[Decoded] | None) -> None:
+    def __init__(self, model: Model, rule: RollingRule, lesson: list[Decoded] | None) -> None:
         self._model = model
+        self._rule = rule
         self._lesson = lesson
 
     def take(self, shape: RunnerShape) -> Runner:
+        if shape.rolling is not None:
+            shape = replace(shape, rolling=self._rule)
         runner = Runner(self._model, shape, None)
         self.listener = Listener(runner._decoder, self._lesson)
         runner._decoder = self.listener
@@ -104,10 +110,9 @@ class Classroom:
 
 
 def decode(
-    model: Model, question: str, settings: GenerationConfig, lesson: list[Decoded] | None
+    model: Model, question: str, settings: GenerationConfig, room: Classroom
 ) -> list[Decoded]:
-    """What the request decoded in every step; it commits the lesson's if there is one."""
-    room = Classroom(model, lesson)
+    """What the request decoded in every step; it commits the room's lesson if there is one."""
     prompt = encode_prompt(model, question, settings.gen_length)
     for _ in Request(model, room, prompt, settings):
         pass
@@ -118,24 +123,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policies", default="rolling", help="cells of rolling and elastic")
     parser.add_argument("--problems", type=int, default=80)
-    for name in ("ahead", "repeats", "reach"):
-        default = getattr(runners, f"ROLLING_{name.upper()}")
+    for name, default in asdict(RollingPolicy.rolling).items():
         text = f"of ops.rolling_rows (default {default})"
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
-    for name in ("ahead", "repeats", "reach"):
-        setattr(runners, f"ROLLING_{name.upper()}", getattr(options, name))
+    rule = RollingRule(options.ahead, options.repeats, options.reach)
     cells = read_cells(options.policies, {"gen_length": 256})
     full = GenerationConfig(policy="none", gen_length=256)
-    if any(cell.full_recompute() != full for cell in cells):
-        raise SystemExit("cells must be of rolling or elastic, with window and threshold as given")
+    if any(c.policy not in POLICIES or c.full_recompute() != full for c in cells):
+        raise SystemExit(f"cells must be of {' or '.join(POLICIES)}, with the default window and "
+                         "commit rule")  # fmt: skip
     model = elastic_cache.load("tiny").model
     counts = {cell.name: Counts() for cell in cells}
     for question, _ in track(problems(HELD_OUT_SEED, options.problems), "problems"):
-        lesson = decode(model, question, full, None)
+        lesson = decode(model, question, full, Classroom(model, rule, None))
         for cell in cells:
-            heard = decode(model, question, cell.settings, lesson)
+            heard = decode(model, question, cell.settings, Classroom(model, rule, lesson))
             for mine, truth in zip(heard, lesson, strict=True):
                 counts[cell.name].add(mine, truth, full.threshold)
     rates = {name: count.rates() for name, count in counts.items()}
@@ -146,7 +150,7 @@ def main() -> None:
         result = {
             "command": " ".join(["benchmarks/agreement.py", *sys.argv[1:]]),
             "torch": torch.__version__,
-            "rules": {name: getattr(options, name) for name in ("ahead", "repeats", "reach")},
+            "rule": asdict(rule),
             "counts": {name: asdict(count) for name, count in counts.items()},
             "rates": rates,
         }

@@ -5,13 +5,14 @@ On a GPU plain torch waits for the host at every nonzero: this is what the op av
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 from elastic_cache import ops
+from elastic_cache.policies.rolling import RollingPolicy
 from elastic_cache.reference import URGENT
-from elastic_cache.runner import ROLLING_AHEAD as AHEAD
-from elastic_cache.runner import ROLLING_REACH as REACH
-from elastic_cache.runner import ROLLING_REPEATS as REPEATS
 from harness import Case, Data, num_bytes, run
 
+RULE = RollingPolicy.rolling
 SIZES = ((1, 350, 64), (1, 1024, 128), (1, 4096, 128), (8, 1024, 64))
 
 
@@ -28,19 +29,20 @@ def make_case(data: Data, num_sequences: int, capacity: int, num_rows: int) -> C
         for s in range(num_sequences):
             computed, waiting = committed[s].clone(), masked[s].nonzero().flatten()
             computed[waiting[:16]] = True
-            due[s] += 1024 * REACH // (REACH + (position - waiting[0]).abs())
-            due[s, waiting[16 : 16 + AHEAD]] = URGENT
+            due[s] += 1024 * RULE.reach // (RULE.reach + (position - waiting[0]).abs())
+            ahead = waiting[16 : 16 + RULE.ahead]
+            due[s, ahead] = due[s, ahead].clamp(min=URGENT)
             others = (~computed).nonzero().flatten()
             order = due[s, others].argsort(descending=True, stable=True)
             most_due = others[order[: num_rows - int(computed.sum())]].sort().values
             due[s, most_due] = (due[s, most_due] // URGENT - 1).clamp(min=0) * URGENT
             due[s, computed] = 0
-            due[s, committed[s]] = REPEATS * URGENT
+            due[s, committed[s]] = RULE.repeats * URGENT
 
     return Case(
         f"{num_sequences} x {capacity} positions, {num_rows} rows",
         native=lambda: ops.rolling_rows(
-            masked, committed, window, rows, key_range, AHEAD, REPEATS, REACH, due, chosen
+            masked, committed, window, rows, key_range, *astuple(RULE), due, chosen
         ),
         plain=plain,
         num_bytes=num_bytes(masked, committed, due, due, chosen),

@@ -121,7 +121,7 @@ def make_runner(
         track_num=rolling_rows or 1,
         selects_rows=True,
         tests_drift=tests_drift,
-        is_rolling=rolling_rows > 0,
+        rolling=RollingPolicy.rolling if rolling_rows else None,
         has_noise=False,
         eos_id=-1,
     )

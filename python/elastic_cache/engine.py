@@ -149,7 +149,7 @@ def runner_shape(
         track_num=policy.num_rows or settings.track_num,
         selects_rows=policy.window > 0,
         tests_drift=policy.tests_drift,
-        is_rolling=policy.num_rows > 0,
+        rolling=policy.rolling,
         has_noise=settings.temperature > 0,
         eos_id=model.config.eos_id if policy.drops_tail_at_eos else -1,
     )

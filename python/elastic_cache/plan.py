@@ -23,3 +23,12 @@ class Plan:
     num_candidates: int
     listed: range | None = None
     num_commits: int | None = None
+
+
+@dataclass(frozen=True)
+class RollingRule:
+    """How `ops.rolling_rows`, whose arguments these are, weighs which positions are due."""
+
+    ahead: int
+    repeats: int
+    reach: int

@@ -24,7 +24,7 @@ from elastic_cache.config import GenerationConfig
 from elastic_cache.decoding import CommitRule, Decoder
 from elastic_cache.forward import Forward
 from elastic_cache.models.weights import Model
-from elastic_cache.plan import Plan
+from elastic_cache.plan import Plan, RollingRule
 from elastic_cache.report import SEGMENT_WINDOW, Report, ReportBlock
 from elastic_cache.state import DecodeState, DriftTest, RowLists
 
@@ -32,8 +32,6 @@ BUCKET = 16
 """On a GPU rows are padded to a multiple of this, which is a product's granularity as well."""
 MAX_CAPTURED_ROWS = 128
 MAX_CAPTURED_LENGTHS = 4
-ROLLING_AHEAD, ROLLING_REPEATS, ROLLING_REACH = 8, 3, 16
-"""How `ops.rolling_rows` weighs what is due; docs/results.md has what other values give."""
 CAPACITY_STEP = 256
 """On a GPU capacities are multiples of this, so that requests of other lengths find the graphs."""
 
@@ -48,7 +46,7 @@ class RunnerShape:
     track_num: int
     selects_rows: bool
     tests_drift: bool
-    is_rolling: bool
+    rolling: RollingRule | None
     has_noise: bool
     eos_id: int
 
@@ -116,7 +114,7 @@ class Runner:
         self.shape = shape
         self._depth = depth
         self._is_padded = device.type != "cpu"
-        tracked_lists = 1 if shape.is_rolling else depth
+        tracked_lists = depth if shape.rolling is None else 1
         self._report = ReportBlock(
             device, 1, depth, shape.num_candidates, tracked_lists, shape.track_num
         )
@@ -221,7 +219,7 @@ class Runner:
         self._run_captured(0, lambda: self._end_step(candidates, has_verdict=False))
 
     def _run_layers(self, first: int, candidates: torch.Tensor) -> None:
-        if self.shape.is_rolling:
+        if self.shape.rolling is not None:
             self._state.due.zero_()
         segments = self._lists.window_segments
         self._forward.run_full(first, self._length, candidates, segments, self._state, self._drift)
@@ -265,17 +263,17 @@ class Runner:
 
     def _select_rows(self) -> None:
         """Lists the rows of the next step."""
-        state, lists = self._state, self._lists
-        if self.shape.is_rolling:
+        state, lists, rolling = self._state, self._lists, self.shape.rolling
+        if rolling is not None:
             ops.rolling_rows(
                 state.masked,
                 state.committed,
                 lists.window,
                 lists.num_rows,
                 state.key_range,
-                ROLLING_AHEAD,
-                ROLLING_REPEATS,
-                ROLLING_REACH,
+                rolling.ahead,
+                rolling.repeats,
+                rolling.reach,
                 state.due,
                 state.tracked[0],
             )

@@ -8,7 +8,7 @@ import elastic_cache
 import pytest
 import torch
 from elastic_cache.engine import Engine
-from elastic_cache.runner import ROLLING_AHEAD, ROLLING_REPEATS
+from elastic_cache.policies.rolling import RollingPolicy
 from elastic_cache.types import Step
 
 QUESTION = "Ava has 12 apples. Then Ava buys 30 more apples. How many apples does Ava have now?"
@@ -51,9 +51,9 @@ def test_what_is_computed_anew(engine: Engine) -> None:
     for step, after in pairwise(trace):
         masked = set(sorted(masked - set(step.committed))[: step.num_masked])  # EOS drops some
         needed = {*step.committed, *sorted(masked)[:window]}
-        ahead = sorted(masked)[window : window + ROLLING_AHEAD]
+        ahead = sorted(masked)[window : window + RollingPolicy.rolling.ahead]
         assert step.tracked == sorted(set(step.tracked)) and not set(step.tracked) & needed
-        assert {*ahead, *sum(committed[-ROLLING_REPEATS:], [])} <= set(step.tracked)
+        assert {*ahead, *sum(committed[-RollingPolicy.rolling.repeats :], [])} <= set(step.tracked)
         committed.append(step.committed)
         last |= dict.fromkeys([*step.tracked, *needed], after.index)
     assert min(last.values()) > 0

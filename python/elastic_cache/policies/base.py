@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from elastic_cache.cache import CacheNeeds
-from elastic_cache.plan import Plan
+from elastic_cache.plan import Plan, RollingRule
 from elastic_cache.types import Step
 
 
@@ -25,6 +25,7 @@ class Policy(Protocol):
         lookahead: further masked positions it lists, computed but not decoded.
         num_rows: rows that `ops.rolling_rows` fills every step to, with the cached positions
             most due; 0: it does not.
+        rolling: how that is weighed; None where `num_rows` is 0.
     """
 
     needs: CacheNeeds
@@ -34,6 +35,7 @@ class Policy(Protocol):
     window: int
     lookahead: int
     num_rows: int
+    rolling: RollingRule | None
 
     def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
         """The next step, of which so many rows and candidates are listed on the device; None when

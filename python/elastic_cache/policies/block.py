@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
-from elastic_cache.plan import Plan
+from elastic_cache.plan import Plan, RollingRule
 from elastic_cache.types import Step
 
 
@@ -33,6 +33,7 @@ class BlockPolicy:
     drops_tail_at_eos = False
     tests_drift = False
     window = lookahead = num_rows = 0
+    rolling: RollingRule | None = None
 
     def __init__(self, masked: list[bool], settings: GenerationConfig, eos_id: int) -> None:
         self._is_dual = settings.policy == "dual"

@@ -7,13 +7,14 @@ comes to next, and of all others what lies near it or was computed long ago. So 
 where the next tokens look, and a step takes the same time whatever has drifted: on a GPU 96 rows
 cost little more than 16.
 
-ALGORITHM.md section 6. Why these positions, and why not attention: docs/results.md.
+ALGORITHM.md section 6. Why these positions and numbers, and not attention: docs/results.md.
 """
 
 from __future__ import annotations
 
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
+from elastic_cache.plan import RollingRule
 from elastic_cache.policies.window import WindowPolicy
 
 
@@ -21,6 +22,7 @@ class RollingPolicy(WindowPolicy):
     """Sliding window; of all other positions those most due."""
 
     needs = CacheNeeds(keys_values=True, queries=False, inputs=False)
+    rolling: RollingRule | None = RollingRule(ahead=8, repeats=3, reach=16)
 
     def __init__(self, masked: list[bool], settings: GenerationConfig) -> None:
         super().__init__(masked, settings)

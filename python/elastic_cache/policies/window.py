@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
-from elastic_cache.plan import Plan
+from elastic_cache.plan import Plan, RollingRule
 from elastic_cache.types import Step
 
 
@@ -14,6 +14,7 @@ class WindowPolicy:
     needs: CacheNeeds
     drops_tail_at_eos = True
     tests_drift = False
+    rolling: RollingRule | None = None
 
     def __init__(self, masked: list[bool], settings: GenerationConfig) -> None:
         self.window = min(settings.window, len(masked))

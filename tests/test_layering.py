@@ -19,6 +19,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "server", "lm_eval"),
     ("lab",),
+    ("service",),
+    ("batch",),
     ("display", "lm_eval_args"),
     ("engine",),
     ("prompt",),

@@ -244,6 +244,20 @@ class Request:
         self._launched = self._launch() if self._runs_ahead else None
         return step
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether `result` is there."""
+        return self._result is not None
+
+    def stop(self, reason: str) -> Generation:
+        """Ends the request now; the answer as it stands, with `finish_reason` as given.
+
+        Positions not decoded hold the mask id in `ids` and are left out of `text`.
+        """
+        if self._result is None:
+            self._result = self._finish(reason)
+        return self._result
+
     def tokens(self) -> torch.Tensor:
         """The sequence as it stands, int64 [T] on the CPU; undecoded positions hold the mask id."""
         return torch.tensor(self._ids, dtype=torch.int64)
@@ -312,23 +326,26 @@ class Request:
         similarity: list[float] = self._report.similarity[:first_full].flatten().tolist()
         return similarity
 
-    def _finish(self) -> Generation:
+    def _finish(self, reason: str | None = None) -> Generation:
         """Fills the tail after EOS and counts what was generated before it."""
         ids, masked, eos = self.tokens(), self.prompt.masked, self._model.config.eos_id
         if self._cut >= 0:
             ids[masked & (torch.arange(len(ids)) > self._cut)] = eos
         end = _first_eos(ids, masked, eos)
         has_eos = end >= 0
-        answer = ids[self.prompt.text_start : end if has_eos else len(ids)]
+        end = end if has_eos else len(ids)
+        decoded = ids != self._model.config.mask_id
+        answer = ids[self.prompt.text_start : end]
+        answer = answer[decoded[self.prompt.text_start : end]]
         tokenizer, depth = self._model.tokenizer, self._model.config.num_layers
         return Generation(
             ids=ids,
             text=None if tokenizer is None else tokenizer.decode(answer.tolist()),
-            num_tokens=int(masked[: end if has_eos else len(ids)].sum()),
+            num_tokens=int((masked & decoded)[:end].sum()),
             nfe=self._num_steps,
             update_frequency=self._layers_refreshed / (depth * max(self._num_steps, 1)),
             seconds=time.perf_counter() - self._started,
-            finish_reason="eos" if has_eos else "length",
+            finish_reason=reason or ("eos" if has_eos else "length"),
             settings=dataclasses.asdict(self.settings),
         )
 

@@ -59,7 +59,8 @@ class Generation:
         update_frequency: sum over steps of (L - first_full_layer) / (L * steps), the share of
             layer executions in full mode as the authors of arXiv 2510.14973 report it.
         seconds: wall-clock seconds from the tokenized prompt to the last commit.
-        finish_reason: "eos" when an EOS ended the answer, else "length".
+        finish_reason: "eos" when an EOS ended the answer, "length" when it fills gen_length, else
+            why it was stopped before it was finished (`Request.stop`).
         settings: the request's settings by name.
         trace: one Step per forward when trace=True was given, else None.
     """

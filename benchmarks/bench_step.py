@@ -235,7 +235,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     driver = ""
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     return {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "driver": driver,

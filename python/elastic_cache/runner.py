@@ -316,7 +316,6 @@ class Graphs:
     """
 
     def __init__(self, stream: torch.cuda.Stream, most: int | None = None) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = stream
         self._most = most
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # the key run last is the last
@@ -337,6 +336,9 @@ class Graphs:
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         # Not torch.cuda.graph, which empties torch's cache of memory and collects garbage.
         graph = torch.cuda.CUDAGraph()
+        if not any(self._graphs.values()):
+            # Torch gives a pool up with its last graph, and cannot capture into it again.
+            self._pool = torch.cuda.graph_pool_handle()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

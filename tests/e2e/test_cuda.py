@@ -24,7 +24,7 @@ from elastic_cache.policies import make_policy
 from elastic_cache.problems import problems
 from elastic_cache.prompt import encode_prompt
 from elastic_cache.report import STATUS_MASKED
-from elastic_cache.runner import Runner, Start
+from elastic_cache.runner import Graphs, Runner, Start
 
 from tests.conftest import why_no_cuda
 
@@ -272,3 +272,11 @@ def test_requests_that_take_turns_do_not_mix() -> None:
         pass
     for request, ids in zip(requests, alone, strict=True):
         assert torch.equal(request.result.ids, ids)
+
+
+def test_a_piece_is_captured_after_the_last_graph_was_forgotten() -> None:
+    """Torch gives a pool of memory up with its last graph."""
+    graphs, count = Graphs(torch.cuda.Stream(), most=1), torch.zeros(1, device="cuda")
+    for key in (1, 1, 1, 2, 2, 2):
+        graphs.run(key, lambda: count.add_(1))
+    assert count.item() == 6

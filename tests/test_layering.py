@@ -20,14 +20,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "server", "lm_eval"),
     ("lab",),
     ("service",),
-    ("batch",),
     ("ticket",),
     ("events", "answer_text"),
     ("display", "lm_eval_args"),
     ("engine",),
+    ("batch",),
+    ("request",),
     ("prompt",),
     ("policies",),
     ("runner",),
+    ("shape",),
     ("decoding",),
     ("forward",),
     ("buffers",),
@@ -38,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops", "device"),
     ("native",),
     ("reference",),
-    ("config", "types", "errors", "env", "memory", "problems"),
+    ("config", "types", "errors", "env", "graphs", "memory", "problems"),
 )
 """From the edges down. A name is a module or a package, inside of which imports are free."""
 

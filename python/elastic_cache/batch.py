@@ -1,15 +1,45 @@
-"""Requests answered together, one step at a time; they join and leave between steps."""
+"""The one loop: plan -> launch -> finish -> event, of all sequences that share a runner.
+
+    policy.plan      which rows a sequence computes in this step
+    runner.launch    the layers against the cache, a token and a confidence per candidate, the
+                     commit, and the rows of the next step
+    runner.finish    waits; layers behind a failed drift test are then refreshed
+On a GPU the next step is launched before the last one's events are handed out, so that the GPU
+never waits for who reads them; who joins or leaves meanwhile does so one step later.
+
+Full passes (a request's first step, the steps of policy `none`, refreshes) run sequence by
+sequence, at most `max_full_rows` rows in a step, or a single one: what is beyond waits for the next
+step. A sequence's own steps and tokens do not depend on that, nor on who else is in the batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from elastic_cache.engine import Engine, Request
+from elastic_cache.config import GenerationConfig, find_settings
+from elastic_cache.errors import NonFiniteLogitsError
+from elastic_cache.models.weights import Model
+from elastic_cache.plan import Plan
+from elastic_cache.prompt import Prompt, encode_prompt
+from elastic_cache.report import (
+    SEGMENT_WINDOW,
+    STATUS_MASKED,
+    STATUS_NOT_FINITE,
+    Report,
+)
+from elastic_cache.request import Decoded, Request
+from elastic_cache.runner import Runner
+from elastic_cache.shape import Start
 from elastic_cache.types import Message, Step
+
+
+MAX_FULL_ROWS = 512
+"""A full pass of 350 positions takes as long as one and a half window passes of LLaDA-8B."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +48,7 @@ class Outcome:
 
     Attributes:
         request: whose.
-        step: what its step did; None when the answer is finished (`request.result`), when the
-            request failed, and in a step that it had to wait through.
+        step: what its step did; None when it failed, or had nothing to decode.
         error: why it failed; it has left the batch then.
     """
 
@@ -33,28 +62,63 @@ class Outcome:
         return self.error is not None or self.request.is_finished
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """What the host has to remember of a sequence's step under way."""
+
+    plan: Plan
+    candidates: list[int]  # positions
+    begin: int  # where the report has them
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """A step whose drift test failed."""
+
+    launched: _Launched
+    first_full: int  # layer
+    similarity: list[float]  # of the layers before
+
+
 class Batch:
-    """Up to `num_lanes` requests that share every step's stream of the weights.
+    """Requests that share every step's stream of the weights.
 
     Args:
-        engine: the loaded model.
-        num_lanes: the most requests at a time.
+        model: the loaded model.
+        runner: decodes up to `runner.shape.num_sequences` of them.
+        max_full_rows: full passes of a step have at most so many rows, but there is always one.
+        give_back: called with the runner when the last request has finished; not after a failure,
+            so that whatever went wrong is gone.
     """
 
-    def __init__(self, engine: Engine, num_lanes: int) -> None:
-        self._engine = engine
-        self._num_lanes = num_lanes
-        self._requests: list[Request] = []
+    def __init__(
+        self,
+        model: Model,
+        runner: Runner,
+        max_full_rows: int = MAX_FULL_ROWS,
+        give_back: Callable[[Runner], None] | None = None,
+    ) -> None:
+        self._model = model
+        self._runner = runner
+        self._max_full_rows = max_full_rows
+        self._give_back = give_back
+        self._depth = model.config.num_layers
+        self._runs_ahead = model.device.type != "cpu"
+        self._lanes: list[Request | None] = [None] * runner.shape.num_sequences
+        self._launched: dict[int, _Launched] = {}
+        self._held: dict[int, _Failed] = {}  # until a later step refreshes them
+        self._report: Report | None = None
+        self._is_stale = False  # rows are listed of a sequence that was stopped
 
     @property
     def num_free(self) -> int:
         """Requests that may be added now."""
-        return self._num_lanes - len(self._requests)
+        return self._lanes.count(None)
 
     @property
     def requests(self) -> Sequence[Request]:
         """Those being answered."""
-        return tuple(self._requests)
+        return tuple(request for request in self._lanes if request is not None)
 
     def add(
         self, prompt: str | Sequence[Message] | Sequence[int] | torch.Tensor, **settings: Any
@@ -65,24 +129,280 @@ class Batch:
             prompt, settings: as of `Engine.generate`.
 
         Raises:
-            ValueError: a sentence naming the argument and the rule it breaks; the batch is as before.
+            ValueError: a sentence naming the argument and the rule it breaks; the batch is as it
+                was.
+            RuntimeError: every lane is taken.
         """
-        request = self._engine.stream(prompt, **settings)
-        self._requests.append(request)
+        config = find_settings(settings)
+        return self.begin(encode_prompt(self._model, prompt, config.gen_length), config)
+
+    def begin(self, prompt: Prompt, settings: GenerationConfig) -> Request:
+        """`add`, of an encoded prompt and validated settings."""
+        if not self.num_free:
+            raise RuntimeError(f"all {len(self._lanes)} lanes of the batch are taken: step it on")
+        is_alone = len(self._lanes) == 1
+        request = Request(self._model, prompt, settings, self._advance if is_alone else _refuse)
+        self._check(request)
+        policy, lane = request.policy, self._lanes.index(None)
+        self._runner.start(
+            lane,
+            Start(
+                ids=prompt.ids,
+                masked=prompt.masked,
+                window=policy.window,
+                lookahead=policy.lookahead,
+                num_rows=policy.num_rows,
+                tests_drift=policy.tests_drift,
+                reuses=policy.needs.keys_values,
+                settings=settings,
+            ),
+        )
+        # A request that is alone keeps its batch alive, not the other way round: when nobody wants
+        # it any more, the memory is free at once.
+        self._lanes[lane] = weakref.proxy(request) if is_alone else request
         return request
 
     def step(self) -> list[Outcome]:
-        """One denoising step of every request. A request that fails leaves; the others go on."""
-        outcomes = []
-        for request in list(self._requests):
-            try:
-                outcomes.append(Outcome(request, request.step()))
-            except Exception as error:
-                outcomes.append(Outcome(request, None, error))
-            if outcomes[-1].is_over:
-                self._requests.remove(request)
+        """One denoising step of the requests; of some of them none if full passes are waiting.
+
+        A request that fails leaves; the others go on.
+        """
+        outcomes = [] if self._launched else self._launch()
+        report = self._report
+        if self._launched:
+            report = self._runner.finish()
+        refreshed, report = self._refresh(report)
+        if report is None:
+            return outcomes
+        self._report, launched, self._launched = report, self._launched, {}
+        reader = _Reader(report, self._runner.shape.capacity)
+        for lane, done in launched.items():
+            similarity = reader.similarity(lane, 0 if done.plan.is_full else self._depth)
+            outcomes.append(self._settle(lane, reader, done, self._depth, similarity))
+        for lane, failed in refreshed.items():
+            done = replace(failed.launched, begin=self._runner.full_begin(lane))
+            outcomes.append(self._settle(lane, reader, done, failed.first_full, failed.similarity))
+        if self._runs_ahead:
+            outcomes += self._launch()
+        if self._give_back is not None and not self.requests:
+            self._give_back(self._runner)
+            self._give_back = None
         return outcomes
 
     def remove(self, request: Request) -> None:
         """Takes a request out between two steps: `request.stop` has its answer as it stands."""
-        self._requests.remove(request)
+        lane = self._lanes.index(request)
+        self._launched.pop(lane, None)
+        self._leave(lane)
+        self._is_stale = True
+
+    # --- parts of a step ---------------------------------------------------------------------
+
+    def _launch(self) -> list[Outcome]:
+        """Enqueues the next step of everyone who can take part; who has nothing to decode is
+        over."""
+        if self._is_stale:
+            self._report = self._runner.select()
+            self._is_stale = False
+        outcomes: list[Outcome] = []
+        plans: dict[int, Plan] = {}
+        reader = None
+        if self._report is not None:
+            reader = _Reader(self._report, self._runner.shape.capacity)
+        budget = self._max_full_rows - sum(
+            len(request.prompt.ids) for lane, request in self._taken() if lane in self._held
+        )
+        for lane, request in self._taken():
+            if lane in self._held:
+                continue
+            counts = (0, 0) if reader is None else reader.counts(lane)
+            plan = request.policy.plan(*counts)
+            if plan is None:
+                self._leave(lane)
+                request.finish()
+                outcomes.append(Outcome(request, None))
+                continue
+            length = len(request.prompt.ids)
+            if plan.is_full:
+                is_first = budget == self._max_full_rows
+                if budget < length and not is_first:
+                    continue
+                budget -= length
+            plans[lane] = plan
+        self._runner.launch(plans)
+        self._launched = {lane: self._remember(lane, plan, reader) for lane, plan in plans.items()}
+        return outcomes
+
+    def _remember(self, lane: int, plan: Plan, reader: _Reader | None) -> _Launched:
+        request, begin = self._lanes[lane], 0
+        assert request is not None
+        if plan.is_full:
+            begin = self._runner.full_begin(lane)
+        if plan.listed is not None:
+            candidates = list(plan.listed[: plan.num_candidates])
+        elif plan.is_full or reader is None:
+            candidates = request.candidates(plan.num_candidates)
+        else:
+            begin, candidates = reader.candidates(lane)
+        return _Launched(plan, candidates, begin)
+
+    def _refresh(self, report: Report | None) -> tuple[dict[int, _Failed], Report | None]:
+        """Refreshes those whose drift test failed, as many as may be; the others are held.
+
+        Returns who was refreshed, and the report; both are no longer under way.
+        """
+        failed = dict(self._held)
+        if report is not None:
+            verdicts = report.first_full_layer.tolist()
+            for lane, launched in self._launched.items():
+                first = verdicts[lane]
+                if not launched.plan.is_full and first < self._depth:
+                    similarity = report.similarity[:first, lane].tolist()
+                    failed[lane] = _Failed(launched, first, similarity)
+        budget, refreshed = self._max_full_rows, {}
+        for lane, launched in self._launched.items():
+            budget -= self._length(lane) if launched.plan.is_full else 0
+        for lane, failure in failed.items():
+            if budget >= self._length(lane) or budget == self._max_full_rows:
+                budget -= self._length(lane)
+                refreshed[lane] = failure
+        newly_held = [lane for lane in failed if lane not in refreshed and lane not in self._held]
+        self._held = {lane: kept for lane, kept in failed.items() if lane not in refreshed}
+        for lane in failed:
+            self._launched.pop(lane, None)
+        if refreshed or newly_held:
+            layers = {lane: failure.first_full for lane, failure in refreshed.items()}
+            report = self._runner.refresh(layers, newly_held)
+        return refreshed, report
+
+    def _settle(
+        self,
+        lane: int,
+        reader: _Reader,
+        done: _Launched,
+        first_full: int,
+        similarity: list[float],
+    ) -> Outcome:
+        """Tells a request of its step, and lets it go when it is over."""
+        request = self._lanes[lane]
+        assert request is not None
+        num_rows = self._length(lane) if done.plan.is_full else done.plan.num_rows
+        try:
+            step = request.add(reader.read(lane, done, first_full, similarity, num_rows))
+        except NonFiniteLogitsError as error:
+            self._leave(lane)
+            self._is_stale, self._give_back = True, None
+            return Outcome(request, None, error)
+        if request.policy.plan(0, 0) is None:
+            self._leave(lane)
+            request.finish()
+        return Outcome(request, step)
+
+    def _advance(self) -> Step | None:
+        """A step of the only request."""
+        (outcome,) = self.step()
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.step
+
+    def _leave(self, lane: int) -> None:
+        self._lanes[lane] = None
+        self._held.pop(lane, None)
+        self._runner.stop(lane)
+        # On a GPU looking again costs a wait: rows of a finished sequence are computed once more.
+        self._is_stale |= not self._runs_ahead
+
+    def _taken(self) -> list[tuple[int, Request]]:
+        return [(lane, request) for lane, request in enumerate(self._lanes) if request is not None]
+
+    def _length(self, lane: int) -> int:
+        request = self._lanes[lane]
+        return 0 if request is None else len(request.prompt.ids)
+
+    def _check(self, request: Request) -> None:
+        """Whether the runner can decode it."""
+        shape, policy, settings = self._runner.shape, request.policy, request.settings
+        if len(self._lanes) == 1:
+            return  # made for it
+        length, together = len(request.prompt.ids), "requests that are answered together"
+        if not policy.window:
+            raise ValueError(
+                f"policy {settings.policy!r} decodes one request at a time: {together} have "
+                "policy elastic, rolling or none"
+            )
+        if length > shape.capacity:
+            raise ValueError(
+                f"the prompt and gen_length make {length} tokens, but {together} have at most "
+                f"{shape.capacity}"
+            )
+        limits = [("window", policy.window, shape.num_candidates)]
+        if policy.tests_drift:
+            limits.append(("track_num", settings.track_num, shape.track_num))
+        limits.append(("num_rows", policy.num_rows, shape.num_chosen))
+        for name, value, most in limits:
+            if value > most:
+                raise ValueError(f"{name} is at most {most} for {together}, got {value}")
+        if policy.tests_drift and settings.track_num != shape.track_num:
+            raise ValueError(f"track_num is {shape.track_num} for {together}")
+        if policy.lookahead:
+            raise ValueError(f"block_caching is True for {together}")
+
+
+class _Reader:
+    """A report as lists: indexing a handful of elements by tensors costs more than all of this."""
+
+    def __init__(self, report: Report, capacity: int) -> None:
+        self._segments: list[list[int]] = report.segments.tolist()
+        self._status: list[list[int]] = report.status.tolist()
+        self._candidates: list[int] = report.candidates.tolist()
+        self._token: list[int] = report.token.tolist()
+        self._confidence: list[float] = report.confidence.tolist()
+        self._is_committed: list[bool] = report.is_committed.tolist()
+        self._tracked = report.tracked
+        self._similarity = report.similarity
+        self._capacity = capacity
+
+    def counts(self, lane: int) -> tuple[int, int]:
+        """Rows and candidates listed for the next window pass."""
+        segment = self._segments[lane]
+        return sum(segment[1:]), segment[SEGMENT_WINDOW]
+
+    def candidates(self, lane: int) -> tuple[int, list[int]]:
+        """Where the candidates of the next window pass stand, and their positions."""
+        begin = sum(segment[SEGMENT_WINDOW] for segment in self._segments[:lane])
+        slots = self._candidates[begin : begin + self._segments[lane][SEGMENT_WINDOW]]
+        return begin, [slot - lane * self._capacity for slot in slots]
+
+    def similarity(self, lane: int, end: int) -> list[float]:
+        """What the drift test found in the layers before `end`."""
+        found: list[float] = self._similarity[:end, lane].tolist()
+        return found
+
+    def read(
+        self,
+        lane: int,
+        launched: _Launched,
+        first_full: int,
+        similarity: list[float],
+        num_rows: int,
+    ) -> Decoded:
+        """What became of a step; `first_full` is L unless it was refreshed."""
+        begin, end = launched.begin, launched.begin + len(launched.candidates)
+        status = self._status[lane]
+        tracked: set[int] = set(self._tracked[:, lane].flatten().tolist())
+        return Decoded(
+            candidates=launched.candidates,
+            tokens=self._token[begin:end],
+            confidence=self._confidence[begin:end],
+            is_committed=self._is_committed[begin:end],
+            first_full=0 if launched.plan.is_full else first_full,
+            num_rows=num_rows,
+            num_masked=status[STATUS_MASKED],
+            num_not_finite=status[STATUS_NOT_FINITE],
+            tracked=sorted(tracked - {-1}),
+            similarity=similarity,
+        )
+
+
+def _refuse() -> Step | None:
+    raise RuntimeError("the request is one of a batch: step the batch")

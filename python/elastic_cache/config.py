@@ -5,8 +5,11 @@ Every error is a ValueError whose sentence names the argument, the rule and what
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 POLICIES = ("none", "prefix", "dual", "elastic", "rolling")
 
@@ -115,3 +118,14 @@ def _number(name: str, value: object, least: float = -math.inf, most: float = ma
     if not least <= value <= most:
         bound = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
         raise ValueError(f"{name} must be {bound}, got {value!r}")
+
+
+def find_settings(given: dict[str, Any]) -> GenerationConfig:
+    """The settings of those names, checked; ValueError with the name or value that is wrong."""
+    known = [field.name for field in dataclasses.fields(GenerationConfig)]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"there is no setting {name!r}: {hint}")
+    return GenerationConfig(**given)

@@ -7,6 +7,8 @@ gigabytes. With a temperature the token is drawn by the Gumbel-max trick (as LLa
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
 from elastic_cache import ops
@@ -21,40 +23,83 @@ class Decoder:
 
     Args:
         model: its head [V, d] gives the logits.
-        num_candidates: W, the most that are decoded at once.
-        has_noise: whether requests sample (temperature above 0).
+        num_sequences: S.
+        num_candidates: W, the most that are decoded at once, of a sequence.
+        has_noise: whether any request samples (temperature above 0).
     """
 
-    def __init__(self, model: Model, num_candidates: int, has_noise: bool) -> None:
+    def __init__(
+        self, model: Model, num_sequences: int, num_candidates: int, has_noise: bool
+    ) -> None:
         self._head = model.weights.head.t()
-        self._temperature = 0.0
-        self._noise: torch.Tensor | None = None
+        self._temperatures = [0.0] * num_sequences
+        self._drawn = self._gathered = None
         if has_noise:
-            shape, device = (num_candidates, self._head.shape[1]), model.device
-            self._noise = torch.zeros(shape, dtype=torch.float64, device=device)
-            self._generator = torch.Generator(device=device)
+            shape, device = (num_sequences, num_candidates, self._head.shape[1]), model.device
+            self._drawn = torch.zeros(shape, dtype=torch.float64, device=device)
+            # Of a single sequence it is together already.
+            self._gathered = self._drawn[0]
+            if num_sequences > 1:
+                self._gathered = torch.zeros_like(self._drawn).flatten(0, 1)
+            self._generators = [torch.Generator(device=device) for _ in range(num_sequences)]
 
-    def start(self, settings: GenerationConfig) -> None:
+    def start(self, sequence: int, settings: GenerationConfig) -> None:
         """Takes over a request's temperature and seed."""
-        self._temperature = settings.temperature
-        if self._noise is None:
+        self._temperatures[sequence] = settings.temperature
+        if self._drawn is None:
             return
+        self._drawn[sequence].zero_()
         if settings.seed is None:
-            self._generator.seed()
+            self._generators[sequence].seed()
         else:
-            self._generator.manual_seed(settings.seed)
+            self._generators[sequence].manual_seed(settings.seed)
 
-    def draw(self, num_rows: int) -> None:
+    def samples(self, sequences: Iterable[int]) -> bool:
+        """Whether one of these draws its tokens."""
+        return self._drawn is not None and any(self._temperatures[s] > 0 for s in sequences)
+
+    def draw(self, sequence: int, num_rows: int) -> None:
         """Draws the noise of a step. Not part of `decode`, which a captured graph repeats."""
-        if self._noise is not None:
-            noise = self._noise[:num_rows]
-            torch.rand(noise.shape, out=noise, generator=self._generator)
-            noise.log_().neg_().log_().mul_(-self._temperature)
+        temperature = self._temperatures[sequence]
+        if self._drawn is None or temperature == 0:
+            return
+        noise = self._drawn[sequence, :num_rows]
+        torch.rand(noise.shape, out=noise, generator=self._generators[sequence])
+        noise.log_().neg_().log_().mul_(-temperature)
 
-    def decode(self, hidden: torch.Tensor, token: torch.Tensor, confidence: torch.Tensor) -> None:
-        """hidden [W, d] in the model's dtype -> token int64 [W], confidence float64 [W]."""
-        noise = None if self._noise is None else self._noise[: len(hidden)]
-        ops.token_confidence(torch.mm(hidden, self._head), noise, token, confidence)
+    def gather(self, sizes: Sequence[int]) -> None:
+        """Puts the first rows of every sequence's noise together, so many of each."""
+        if self._drawn is None or self._gathered is None or len(sizes) == 1:
+            return
+        begin = 0
+        for sequence, size in enumerate(sizes):
+            self._gathered[begin : begin + size].copy_(self._drawn[sequence, :size])
+            begin += size
+
+    def noise(self, sequence: int | None, num_rows: int) -> torch.Tensor | None:
+        """Rows of what was drawn for a sequence, or of all that was gathered."""
+        if self._drawn is None or self._gathered is None:
+            return None
+        return (self._gathered if sequence is None else self._drawn[sequence])[:num_rows]
+
+    def decode(
+        self,
+        hidden: torch.Tensor,
+        noise: torch.Tensor | None,
+        parts: Sequence[int],
+        token: torch.Tensor,
+        confidence: torch.Tensor,
+    ) -> None:
+        """hidden [W, d] in the model's dtype -> token int64 [W], confidence float64 [W].
+
+        `parts`, which add up to W, are products of their own: in the vendor's a row's sums may
+        depend on how many rows there are, and nobody's tokens shall depend on the others'.
+        """
+        if len(parts) == 1:
+            logits = torch.mm(hidden, self._head)
+        else:
+            logits = torch.cat([torch.mm(part, self._head) for part in hidden.split(list(parts))])
+        ops.token_confidence(logits, noise, token, confidence)
 
 
 class CommitRule:
@@ -68,7 +113,7 @@ class CommitRule:
         self.rule = torch.zeros(num_sequences, dtype=torch.int32, device=device)
         self.amount = torch.zeros(num_sequences, dtype=torch.float64, device=device)
 
-    def start(self, settings: GenerationConfig) -> None:
+    def start(self, sequence: int, settings: GenerationConfig) -> None:
         """`tokens_per_step` (top-k), `factor`, or else `threshold`."""
         rule, amount = RULE_THRESHOLD, settings.threshold
         if settings.tokens_per_step is not None:
@@ -77,9 +122,9 @@ class CommitRule:
             rule, amount = RULE_TOP_K, 1.0
         elif settings.factor is not None:
             rule, amount = RULE_FACTOR, settings.factor
-        self.rule.fill_(rule)
-        self.amount.fill_(amount)
+        self.rule[sequence].fill_(rule)
+        self.amount[sequence].fill_(amount)
 
-    def fix(self, num_commits: int) -> None:
+    def fix(self, sequence: int, num_commits: int) -> None:
         """Sets the number of commits of the next step."""
-        self.amount.fill_(num_commits)
+        self.amount[sequence].fill_(num_commits)

@@ -120,29 +120,30 @@ class Forward:
     def run_full(
         self,
         first: int,
+        begin: int,
         length: int,
         candidates: torch.Tensor,
         candidate_segments: torch.Tensor,
         state: DecodeState,
         drift: DriftTest | None,
     ) -> None:
-        """Layers `first` .. L - 1 over positions 0 .. length - 1.
+        """Layers `first` .. L - 1 over the `length` slots from `begin` on, which are a sequence.
 
         Layer 0 begins with the tokens, another one with the inputs that its cache holds. With
         `drift` every layer chooses its tracked tokens by the attention of the candidates.
         """
-        work = self._workspace.rows(length)
-        slots = self._all_slots[:length]
+        work, end = self._workspace.rows(length), begin + length
+        slots = self._all_slots[begin:end]
         if first == 0:
             self._embed(state, slots, work)
         else:
             inputs = self._cache.layers[first].x
             assert inputs is not None  # a plan that can fail caches inputs
-            work.residual.copy_(inputs[:length])
+            work.residual.copy_(inputs[begin:end])
         with _attention_kernels(slots.device):
             for index in range(first, len(self._layers)):
                 self._project_qkv(index, slots, work, None, None, None, is_first=index == first)
-                attention = self._attend_all(index, length)
+                attention = self._attend_all(index, begin, end)
                 self._finish_layer(self._layers[index], attention, work)
         if drift is not None:
             # torch's attention keeps no weights.
@@ -170,15 +171,15 @@ class Forward:
         tokens = state.tokens.view(-1).index_select(0, rows.clamp(min=0))
         torch.index_select(self._weights.embedding, 0, tokens, out=work.residual)
 
-    def _attend_all(self, index: int, length: int) -> torch.Tensor:
+    def _attend_all(self, index: int, begin: int, end: int) -> torch.Tensor:
         """Attention of every position over every position, [T, H * D], by torch."""
         cached = self._cache.layers[index]
         # [N, H, D] -> [1, H, T, D]
-        q, k, v = (t[:length].transpose(0, 1)[None] for t in (cached.q, cached.k, cached.v))
+        q, k, v = (t[begin:end].transpose(0, 1)[None] for t in (cached.q, cached.k, cached.v))
         out = F.scaled_dot_product_attention(
             q, k, v, scale=self._scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out[0].transpose(0, 1).reshape(length, -1)
+        return out[0].transpose(0, 1).reshape(end - begin, -1)
 
     def _store_input(self, index: int, rows: torch.Tensor, work: Workspace) -> None:
         """Adds the previous layer's output and stores the sum: where the full layers start."""
@@ -321,7 +322,7 @@ class Forward:
             similarity, mass, tracked = layer.similarities, layer.masses, layer.tracked
         else:
             similarity, mass = drift.similarity[first:end], drift.mass[first:end]
-            tracked = state.tracked[first:end]
+            tracked = drift.tracked[first:end]
         ops.drift_decision(
             similarity,
             drift.gamma,

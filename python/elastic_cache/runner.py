@@ -1,244 +1,319 @@
-"""Runs planned steps: buffers of one sequence, its passes through the layers, and what ends a step.
+"""Runs planned steps: buffers of S sequences, their passes through the layers, and what ends them.
 
-    window pass   the listed rows through the layers that reuse the cache, decode, commit, and the
-                  selection of the next rows; on a GPU one captured graph per number of rows
-    full pass     the layers from the first failing one on (or all) over every position, then the
-                  same end; on a GPU all layers with their end are one graph per length
+    window pass   the listed rows of all sequences through the layers that reuse the cache, decode,
+                  commit; on a GPU one captured graph per number of rows
+    full pass     the layers from the first failing one on (or all) over every position of one
+                  sequence, then the same end; on a GPU a graph per sequence and length
+    selection     lists the rows of the next step and copies the report to the host
 
 The subtle thing: on a GPU nobody looks at the drift test's verdict before the window pass is over.
 The commit itself refuses where a test has failed, the host learns of it from the report, and only
-then launches the full pass. So a step costs one read-back, and a refreshed one two.
+then launches the full pass. So a step costs one read-back, and a refreshed one two. Full passes
+come after the window pass of a step: what that does to a sequence without rows is overwritten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from elastic_cache import ops
-from elastic_cache.buffers import OverwrittenRows, Workspace
-from elastic_cache.cache import Cache, CacheNeeds
-from elastic_cache.config import GenerationConfig
+from elastic_cache.cache import Cache
 from elastic_cache.decoding import CommitRule, Decoder
 from elastic_cache.forward import Forward
+from elastic_cache.graphs import Graphs
 from elastic_cache.models.weights import Model
-from elastic_cache.plan import Plan, RollingRule
+from elastic_cache.plan import Plan
 from elastic_cache.report import SEGMENT_WINDOW, Report, ReportBlock
-from elastic_cache.state import DecodeState, DriftTest, RowLists
+from elastic_cache.shape import RunnerShape, Start, captured_rows, max_deferred, work_rows
+from elastic_cache.state import DecodeState, DriftTest, FullLists, RowLists
 
 BUCKET = 16
 """On a GPU rows are padded to a multiple of this, which is a product's granularity as well."""
-MAX_CAPTURED_ROWS = 128
+LARGE_BUCKET = 64
+"""The same beyond 128 rows, where products are the vendor's."""
 MAX_CAPTURED_LENGTHS = 4
-CAPACITY_STEP = 256
-"""On a GPU capacities are multiples of this, so that requests of other lengths find the graphs."""
-
-
-@dataclass(frozen=True)
-class RunnerShape:
-    """What must agree for a request to use a runner (and the graphs it has captured)."""
-
-    capacity: int
-    needs: CacheNeeds
-    num_candidates: int
-    track_num: int
-    selects_rows: bool
-    tests_drift: bool
-    rolling: RollingRule | None
-    has_noise: bool
-    eos_id: int
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a request begins with; ids int64 [T] and masked bool [T] on the CPU."""
-
-    ids: torch.Tensor
-    masked: torch.Tensor
-    window: int
-    lookahead: int
-    num_rows: int
-    settings: GenerationConfig
-
-
-def capacity_for(length: int, model: Model) -> int:
-    """Positions a runner has for a sequence of `length`."""
-    if model.device.type == "cpu":
-        return length
-    rounded = -(-length // CAPACITY_STEP) * CAPACITY_STEP
-    return max(length, min(rounded, model.config.max_length))
-
-
-def capture_stream(device: torch.device, capture: bool) -> torch.cuda.Stream | None:
-    """Where runners capture their steps, if they are to and can.
-
-    One for all runners of an engine: the vendor's products keep a workspace for every stream.
-    """
-    return torch.cuda.Stream(device) if capture and device.type == "cuda" else None
-
-
-def runner_bytes(model: Model, shape: RunnerShape) -> int:
-    """Device memory that a runner's caches and buffers will take."""
-    meta = torch.device("meta")
-    cache = Cache(model.config, 1, shape.capacity, shape.needs, meta, model.dtype)
-    work = Workspace.allocate(model, _max_rows(shape), meta)
-    overwritten = OverwrittenRows.allocate(model, _max_deferred(model, shape), meta)
-    return cache.num_bytes + work.num_bytes + overwritten.num_bytes
-
-
-def _max_rows(shape: RunnerShape) -> int:
-    return max(shape.capacity, MAX_CAPTURED_ROWS)
-
-
-def _max_deferred(model: Model, shape: RunnerShape) -> int:
-    """Rows of the window passes that test the drift of all layers at once: the captured ones."""
-    return MAX_CAPTURED_ROWS if shape.tests_drift and model.device.type != "cpu" else 0
+"""Full passes that a runner on a GPU keeps captured, of each of its sequences."""
 
 
 class Runner:
-    """Everything one sequence needs to be decoded, at fixed addresses; reusable by later requests.
+    """Everything S sequences need to be decoded, at fixed addresses; reusable by later requests.
 
     Args:
         model: weights and shape.
         shape: sizes and kinds of the step.
-        capture_stream: where window passes on a GPU become CUDA graphs; None launches the same
-            kernels one by one, with the same results.
+        capture_stream: where passes on a GPU become CUDA graphs; None launches the same kernels
+            one by one, with the same results.
     """
 
     def __init__(
         self, model: Model, shape: RunnerShape, capture_stream: torch.cuda.Stream | None
     ) -> None:
-        device, depth = model.device, model.config.num_layers
+        device, depth, count = model.device, model.config.num_layers, shape.num_sequences
         self.shape = shape
         self._depth = depth
         self._is_padded = device.type != "cpu"
-        tracked_lists = depth if shape.rolling is None else 1
+        num_candidates = count * shape.num_candidates
+        tracking = depth if shape.tests_drift else 0
         self._report = ReportBlock(
-            device, 1, depth, shape.num_candidates, tracked_lists, shape.track_num
+            device,
+            count,
+            depth,
+            # Behind those of the window pass come those of every sequence's full pass.
+            num_candidates * (2 if count > 1 else 1),
+            tracking + shape.lists_of_chosen,
+            shape.list_length,
         )
         report = self._report.device
-        self._state = DecodeState.allocate(report, shape.capacity)
-        self._lists = RowLists.allocate(report, _max_rows(shape))
-        self._drift = DriftTest(self._state) if shape.tests_drift else None
-        cache = Cache(model.config, 1, shape.capacity, shape.needs, device, model.dtype)
-        self._forward = Forward(model, cache, len(self._lists.rows), _max_deferred(model, shape))
-        self._decoder = Decoder(model, shape.num_candidates, shape.has_noise)
-        self._rule = CommitRule(1, device)
-        self._graphs = self._whole_graphs = None
-        if capture_stream is not None:
-            self._graphs = Graphs(capture_stream)
-            self._whole_graphs = Graphs(capture_stream, most=MAX_CAPTURED_LENGTHS)
-        self._length = 0
+        self._state = DecodeState.allocate(report, shape.capacity, tracking)
+        self._lists = RowLists.allocate(report, work_rows(shape), num_candidates)
+        self._full = FullLists.allocate(self._state, shape.num_candidates, depth)
+        self._drift = self._full_drift = None
+        if shape.tests_drift:
+            self._drift = drift = DriftTest.allocate(self._state)
+            self._full_drift = drift.aside() if count > 1 else drift
+        self._tests_drift = torch.zeros(count, dtype=torch.bool, device=device)
+        cache = Cache(model.config, count, shape.capacity, shape.needs, device, model.dtype)
+        self._forward = Forward(model, cache, work_rows(shape), max_deferred(model, shape))
+        self._decoder = Decoder(model, count, shape.num_candidates, shape.has_noise)
+        self._rule = CommitRule(count, device)
+        self._graphs = Graphs(capture_stream)
+        self._whole_graphs = Graphs(capture_stream, most=MAX_CAPTURED_LENGTHS * count)
+        self._starts: list[Start | None] = [None] * count
+        self._kept: dict[int, torch.Tensor] = {}
         self._listed: range | None = None
-        self._plan: Plan | None = None
+        self._seen = report
 
     @torch.inference_mode()
-    def start(self, start: Start) -> Report:
-        """Begins a sequence; the report says how many rows its first step has."""
-        self._length, self._listed, self._plan = len(start.ids), None, None
-        self._state.start(start.ids, start.masked)
-        self._lists.window.fill_(start.window)
-        self._lists.lookahead.fill_(start.lookahead)
-        self._lists.num_rows.fill_(start.num_rows)
-        self._decoder.start(start.settings)
-        self._rule.start(start.settings)
+    def start(self, sequence: int, start: Start) -> None:
+        """Begins a sequence, whose first plan must be a full pass."""
+        self._starts[sequence] = start
+        self._listed = None
+        self._state.start(sequence, start.ids, start.masked)
+        self._unlist(sequence)
+        self._full.window[sequence, sequence] = start.window
+        self._decoder.start(sequence, start.settings)
+        self._rule.start(sequence, start.settings)
         if self._drift is not None:
-            self._drift.gamma.fill_(start.settings.gamma)
-        self._select_rows()
-        self._report.copy()
-        return self._report.wait()
+            # Rows that `rolling` chose are compared as well, and sent nowhere.
+            gamma = start.settings.gamma if start.tests_drift else -math.inf
+            self._drift.gamma[sequence].fill_(gamma)
 
     @torch.inference_mode()
-    def launch(self, plan: Plan) -> None:
-        """Enqueues a step; on the CPU it is done on return, but for a refresh."""
-        self._plan = plan
+    def stop(self, sequence: int) -> None:
+        """Ends a sequence: from the next selection on it has no rows."""
+        self._starts[sequence] = None
+        self._kept.pop(sequence, None)
+        self._state.stop(sequence)
+        self._unlist(sequence)
+
+    @torch.inference_mode()
+    def launch(self, plans: Mapping[int, Plan]) -> None:
+        """Enqueues a step of the sequences in `plans`; on the CPU it is done on return.
+
+        Rows are listed that the last report counts; only those of sequences in `plans` matter.
+        """
+        windows = {s: plan for s, plan in plans.items() if not plan.is_full}
+        if windows:
+            self._launch_window(windows)
+        full = [s for s, plan in plans.items() if plan.is_full]
+        for sequence in full:
+            self._launch_full(sequence, plans[sequence])
+        if full:
+            self._graphs.run("select", self._select)
+
+    @torch.inference_mode()
+    def finish(self) -> Report:
+        """Waits for what was launched. A sequence whose `first_full_layer` is below L has failed
+        its drift test and committed nothing: it is to be refreshed, or held."""
+        self._seen = self._report.wait()
+        return self._seen
+
+    @torch.inference_mode()
+    def refresh(self, layers: Mapping[int, int], held: Iterable[int] = ()) -> Report:
+        """Runs sequences in full mode from a layer on, commits, and waits.
+
+        Args:
+            layers: first layer in full mode, by sequence.
+            held: sequences that are to be refreshed in a later step; until then they have no rows.
+        """
+        for sequence in held:
+            self._kept[sequence] = self._state.tracked[:, sequence].clone()
+            self._state.tracked[:, sequence].fill_(-1)
+            self._state.committed[sequence].fill_(False)
+            self._unlist(sequence)
+        for sequence, first in layers.items():
+            kept = self._kept.pop(sequence, None)
+            if kept is not None:
+                self._state.tracked[:, sequence].copy_(kept)
+            self._run_full(sequence, first)
+        self._graphs.run("select", self._select)
+        return self.finish()
+
+    @torch.inference_mode()
+    def select(self) -> Report:
+        """Lists the rows anew, after sequences were stopped, and waits."""
+        self._graphs.run("select", self._select)
+        return self.finish()
+
+    def full_begin(self, sequence: int) -> int:
+        """Where a report has the candidates of a sequence that ran a full pass."""
+        count = self.shape.num_sequences
+        return (count + sequence) * self.shape.num_candidates if count > 1 else 0
+
+    # --- window pass -------------------------------------------------------------------------
+
+    def _launch_window(self, plans: Mapping[int, Plan]) -> None:
+        segments = self._seen.segments.tolist()
+        counts = [(sum(part[1:]), part[SEGMENT_WINDOW]) for part in segments]
+        for sequence, plan in plans.items():
+            counts[sequence] = plan.num_rows, plan.num_candidates
+            if plan.listed is not None:
+                self._list_rows(plan)
+            if plan.num_commits is not None:
+                self._rule.fix(sequence, plan.num_commits)
+        num_rows, sizes = sum(rows for rows, _ in counts), [size for _, size in counts]
+        samples = self._decoder.samples(plans)
+        if samples:
+            for sequence in plans:
+                self._draw(sequence, sizes[sequence])
+            self._decoder.gather(sizes)
+        tests_drift = any(self._start_of(s).tests_drift for s in plans)
+        parts = [size for size in sizes if size]
+        if self._is_padded:
+            num_rows = _padded(num_rows)
+            parts = [self._padded_candidates(sum(parts))]
+
+        def run() -> None:
+            self._run_window(num_rows, parts, samples, tests_drift)
+
+        if num_rows > captured_rows(self.shape):
+            run()
+        else:
+            self._graphs.run((num_rows, *parts, samples, tests_drift), run)
+
+    def _padded_candidates(self, count: int) -> int:
+        if self.shape.num_sequences == 1:
+            return self.shape.num_candidates
+        return min(_padded(count), len(self._lists.candidates))
+
+    def _draw(self, sequence: int, count: int) -> None:
+        """Draws the noise of a step of `count` candidates; on a GPU it is always as much."""
+        if self._is_padded:
+            count = self._start_of(sequence).window or self.shape.num_candidates
+        self._decoder.draw(sequence, count)
+
+    def _run_window(
+        self, num_rows: int, parts: list[int], samples: bool, tests_drift: bool
+    ) -> None:
+        lists, state, drift = self._lists, self._state, self._drift if tests_drift else None
+        if self.shape.num_sequences == 1:
+            state.first_full_layer.fill_(self._depth)
+        else:
+            # A sequence without rows counts as one that failed: its commits are left as they are.
+            is_listed = lists.segments[:, SEGMENT_WINDOW] > 0
+            torch.mul(is_listed, self._depth, out=state.first_full_layer)
+        is_whole = self._forward.run_rows(lists.rows[:num_rows], lists.segments, state, drift)
+        if drift is not None and self.shape.num_sequences > 1:
+            drift.tracked.masked_fill_(~self._tests_drift[None, :, None], -1)
+        if not is_whole:
+            return
+        index = lists.window_rows[: sum(parts)]
+        has_verdict = tests_drift or self.shape.num_sequences > 1
+        noise = self._decoder.noise(None, len(index)) if samples else None
+        self._commit(0, index, parts, noise, state.first_full_layer if has_verdict else None)
+        if self.shape.rolling is not None:
+            self._choose(slice(None))
+        self._select()
+
+    # --- full pass ---------------------------------------------------------------------------
+
+    def _launch_full(self, sequence: int, plan: Plan) -> None:
+        start = self._start_of(sequence)
         if plan.listed is not None:
             self._list_rows(plan)
         if plan.num_commits is not None:
-            self._rule.fix(plan.num_commits)
-        num_candidates = self._num_candidates(plan)
-        self._decoder.draw(num_candidates)
-        if plan.is_full:
-            self._run_full(0, num_candidates)
-            return
-        num_rows = self._num_rows(plan)
-        if num_rows > MAX_CAPTURED_ROWS:
-            self._run_window(num_rows, num_candidates)
-        else:
-            self._run_captured(num_rows, lambda: self._run_window(num_rows, num_candidates))
+            self._rule.fix(sequence, plan.num_commits)
+        self._list(sequence)
+        count = self.shape.num_candidates if self._is_padded else plan.num_candidates
+        self._draw(sequence, plan.num_candidates)
+        samples = self._decoder.samples([sequence])
 
-    @torch.inference_mode()
-    def finish(self) -> tuple[int, Report]:
-        """Waits for the step, running the layers that its drift test sent to full mode.
+        def run() -> None:
+            self._run_layers(sequence, 0, count)
+            self._end_full(sequence, count, samples)
 
-        Returns the first layer that ran in full mode (L when none did) and the report.
-        """
-        assert self._plan is not None, "launch comes first"
-        first_full = 0 if self._plan.is_full else self._depth
-        report = self._report.wait()
-        if self._drift is not None and not self._plan.is_full:
-            first_full = self._verdict(report)
-            if first_full < self._depth:
-                self._run_full(first_full, self._num_candidates(self._plan))
-                report = self._report.wait()
-        return first_full, report
+        key = (sequence, len(start.ids), count, samples, start.tests_drift)
+        self._whole_graphs.run(key, run)
 
-    def _verdict(self, report: Report) -> int:
-        """The first layer to run in full mode, L for none."""
-        return int(report.first_full_layer[0])
+    def _run_full(self, sequence: int, first: int) -> None:
+        """Layers `first` .. L - 1, whose noise has been drawn, and the end of the step."""
+        count = self.shape.num_candidates
+        if not self._is_padded:
+            masked = int(self._state.masked[sequence].sum())
+            count = min(self._start_of(sequence).window, masked)
+        samples = self._decoder.samples([sequence])
+        self._list(sequence)
+        self._run_layers(sequence, first, count)
+        self._graphs.run(
+            ("end", sequence, count, samples), lambda: self._end_full(sequence, count, samples)
+        )
 
-    def _num_rows(self, plan: Plan) -> int:
-        if not self._is_padded or plan.num_rows > MAX_CAPTURED_ROWS:
-            return plan.num_rows
-        return -(-plan.num_rows // BUCKET) * BUCKET
+    def _run_layers(self, sequence: int, first: int, count: int) -> None:
+        state, full, start = self._state, self._full, self._start_of(sequence)
+        begin = sequence * self.shape.capacity
+        if self.shape.selects_rows:
+            ops.select_rows(
+                state.masked,
+                full.committed,
+                full.tracked,
+                full.window[sequence],
+                full.lookahead,
+                full.rows,
+                full.segments,
+                full.window_rows,
+            )
+        drift = self._full_drift if start.tests_drift else None
+        self._forward.run_full(
+            first, begin, len(start.ids), full.rows[:count], full.segments, state, drift
+        )
+        if drift is not None and drift is not self._drift and self._drift is not None:
+            self._drift.tracked[first:, sequence].copy_(drift.tracked[first:, sequence])
 
-    def _num_candidates(self, plan: Plan) -> int:
-        return self.shape.num_candidates if self._is_padded else plan.num_candidates
-
-    def _run_window(self, num_rows: int, num_candidates: int) -> None:
-        lists, state = self._lists, self._state
-        state.first_full_layer.fill_(self._depth)
-        rows = lists.rows[:num_rows]
-        if self._forward.run_rows(rows, lists.segments, state, self._drift):
-            self._end_step(lists.window_rows[:num_candidates], has_verdict=self._drift is not None)
-
-    def _run_full(self, first: int, num_candidates: int) -> None:
-        """Layers `first` .. L - 1 over every position, and the end of the step."""
-        candidates = self._lists.candidates[:num_candidates]
-        if first == 0 and self._whole_graphs is not None:
-
-            def run() -> None:
-                self._run_layers(0, candidates)
-                self._end_step(candidates, has_verdict=False)
-
-            self._whole_graphs.run(self._length, run)
-            return
-        self._run_layers(first, candidates)
-        self._run_captured(0, lambda: self._end_step(candidates, has_verdict=False))
-
-    def _run_layers(self, first: int, candidates: torch.Tensor) -> None:
+    def _end_full(self, sequence: int, count: int, samples: bool) -> None:
+        report, full, state = self._report.device, self._full, self._state
+        begin = self.full_begin(sequence)
+        source = full.rows if self.shape.selects_rows else self._lists.candidates
+        report.candidates[begin : begin + count].copy_(source[:count])
+        index = source[:count] - sequence * self.shape.capacity
+        noise = self._decoder.noise(sequence, count) if samples else None
+        self._commit(begin, index, [count], noise, full.verdict[sequence])
+        one = slice(sequence, sequence + 1)
         if self.shape.rolling is not None:
-            self._state.due.zero_()
-        segments = self._lists.window_segments
-        self._forward.run_full(first, self._length, candidates, segments, self._state, self._drift)
+            state.due[one].zero_()
+            self._choose(one)
+        if not self._start_of(sequence).reuses:
+            state.committed[one].fill_(False)  # nothing of it is to be computed anew
 
-    def _run_captured(self, key: int, function: Callable[[], None]) -> None:
-        """Window passes by their number of rows; 0 is the end of a full pass that began behind
-        layer 0, whose buffers are the same whatever the sequence's length."""
-        if self._graphs is None:
-            function()
-        else:
-            self._graphs.run(key, function)
+    # --- what ends a pass --------------------------------------------------------------------
 
-    def _end_step(self, index: torch.Tensor, *, has_verdict: bool) -> None:
-        """Decodes and commits the candidates, found at `index` among the rows of the pass."""
+    def _commit(
+        self,
+        begin: int,
+        index: torch.Tensor,
+        parts: list[int],
+        noise: torch.Tensor | None,
+        verdict: torch.Tensor | None,
+    ) -> None:
+        """Decodes and commits the candidates, found at `index` among the rows of the pass; in the
+        report they stand from `begin` on."""
         report, state, rule = self._report.device, self._state, self._rule
-        count = len(index)
-        token, confidence = report.token[:count], report.confidence[:count]
-        candidates = report.candidates[:count]
-        self._decoder.decode(self._forward.hidden(index), token, confidence)
+        end = begin + len(index)
+        token, confidence = report.token[begin:end], report.confidence[begin:end]
+        candidates = report.candidates[begin:end]
+        self._decoder.decode(self._forward.hidden(index), noise, parts, token, confidence)
         ops.commit(
             token,
             confidence,
@@ -247,7 +322,7 @@ class Runner:
             rule.amount,
             state.key_range,
             self.shape.eos_id,
-            state.first_full_layer if has_verdict else None,
+            verdict,
             self._depth,
             state.tokens,
             state.masked,
@@ -256,46 +331,74 @@ class Runner:
             state.status,
         )
         at = candidates.clamp(min=0)
-        torch.index_select(state.committed.view(-1), 0, at, out=report.is_committed[:count])
-        if self.shape.selects_rows:
-            self._select_rows()
-        self._report.copy()
+        torch.index_select(state.committed.view(-1), 0, at, out=report.is_committed[begin:end])
 
-    def _select_rows(self) -> None:
-        """Lists the rows of the next step."""
+    def _choose(self, which: slice) -> None:
+        """The rows most due, of the sequences that have a number of rows to fill."""
         state, lists, rolling = self._state, self._lists, self.shape.rolling
-        if rolling is not None:
-            ops.rolling_rows(
+        assert rolling is not None
+        ops.rolling_rows(
+            state.masked[which],
+            state.committed[which],
+            lists.window[which],
+            lists.num_rows[which],
+            state.key_range[which],
+            rolling.ahead,
+            rolling.repeats,
+            rolling.reach,
+            state.due[which],
+            state.chosen[which],
+        )
+
+    def _select(self) -> None:
+        """Lists the rows of the next step, and copies the report."""
+        state, lists, shape = self._state, self._lists, self.shape
+        if shape.selects_rows:
+            if shape.rolling is not None and shape.num_sequences > 1:
+                chosen = state.chosen.view(shape.num_sequences, -1, shape.list_length)
+                state.tracked[-shape.lists_of_chosen :].copy_(chosen.transpose(0, 1))
+            ops.select_rows(
                 state.masked,
                 state.committed,
+                state.tracked,
                 lists.window,
-                lists.num_rows,
-                state.key_range,
-                rolling.ahead,
-                rolling.repeats,
-                rolling.reach,
-                state.due,
-                state.tracked[0],
+                lists.lookahead,
+                lists.rows,
+                lists.segments,
+                lists.window_rows,
             )
-        ops.select_rows(
-            state.masked,
-            state.committed,
-            state.tracked,
-            lists.window,
-            lists.lookahead,
-            lists.rows,
-            lists.segments,
-            lists.window_rows,
-        )
-        torch.index_select(lists.rows, 0, lists.window_rows.clamp(min=0), out=lists.candidates)
-        lists.candidates.masked_fill_(lists.window_rows < 0, -1)
-        lists.window_segments[:, SEGMENT_WINDOW] = lists.segments[:, SEGMENT_WINDOW]
+            at = lists.window_rows.clamp(min=0)
+            torch.index_select(lists.rows, 0, at, out=lists.candidates)
+            lists.candidates.masked_fill_(lists.window_rows < 0, -1)
+        self._report.copy()
+
+    # --- lists -------------------------------------------------------------------------------
+
+    def _start_of(self, sequence: int) -> Start:
+        start = self._starts[sequence]
+        assert start is not None, "start comes first"
+        return start
+
+    def _list(self, sequence: int) -> None:
+        """From the next selection on the sequence has rows, if its steps reuse the cache."""
+        start, lists = self._start_of(sequence), self._lists
+        if not start.reuses:
+            return
+        lists.window[sequence].fill_(start.window)
+        lists.lookahead[sequence].fill_(start.lookahead)
+        lists.num_rows[sequence].fill_(start.num_rows)
+        self._tests_drift[sequence].fill_(start.tests_drift)
+
+    def _unlist(self, sequence: int) -> None:
+        for values in (self._lists.window, self._lists.lookahead, self._lists.num_rows):
+            values[sequence].fill_(0)
+        self._tests_drift[sequence].fill_(False)
 
     def _list_rows(self, plan: Plan) -> None:
         """Lists the positions that the plan names, unless they are listed already."""
         if plan.listed == self._listed:
             return
-        assert plan.listed is not None
+        assert plan.listed is not None and self.shape.num_sequences == 1
         lists, count, self._listed = self._lists, plan.num_candidates, plan.listed
         slots = torch.arange(plan.listed.start, plan.listed.stop, dtype=torch.int32)
         lists.rows.fill_(-1)[: len(slots)] = slots.to(lists.rows.device)
@@ -305,46 +408,6 @@ class Runner:
         )
 
 
-class Graphs:
-    """Pieces of work as CUDA graphs, by key, in one memory pool.
-
-    The first run of a piece is as it is, which loads its kernels; the second is captured.
-
-    Args:
-        stream: where they are captured.
-        most: so many keys are kept, those run last; None: all.
-    """
-
-    def __init__(self, stream: torch.cuda.Stream, most: int | None = None) -> None:
-        self._stream = stream
-        self._most = most
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # the key run last is the last
-
-    def run(self, key: int, function: Callable[[], None]) -> None:
-        """Does what `function` does, which must be the same for the same key."""
-        is_new = key not in self._graphs
-        graph = self._graphs.pop(key, None)
-        if is_new:
-            function()
-        else:
-            graph = graph or self._capture(function)
-            graph.replay()
-        self._graphs[key] = graph
-        if self._most is not None and len(self._graphs) > self._most:
-            del self._graphs[next(iter(self._graphs))]
-
-    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        # Not torch.cuda.graph, which empties torch's cache of memory and collects garbage.
-        graph = torch.cuda.CUDAGraph()
-        if not any(self._graphs.values()):
-            # Torch gives a pool up with its last graph, and cannot capture into it again.
-            self._pool = torch.cuda.graph_pool_handle()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                function()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph
+def _padded(count: int) -> int:
+    bucket = BUCKET if count <= 2 * LARGE_BUCKET else LARGE_BUCKET
+    return -(-count // bucket) * bucket

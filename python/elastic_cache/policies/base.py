@@ -38,8 +38,8 @@ class Policy(Protocol):
     rolling: RollingRule | None
 
     def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
-        """The next step, of which so many rows and candidates are listed on the device; None when
-        the answer is finished."""
+        """The next step, for which so many rows and candidates are listed on the device (0 before
+        a full pass); None when the answer is finished. Asking changes nothing."""
         ...
 
     def observe(self, step: Step) -> None:

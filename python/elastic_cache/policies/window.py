@@ -20,11 +20,16 @@ class WindowPolicy:
         self.window = min(settings.window, len(masked))
         self.num_candidates = self.window
         self.lookahead = self.num_rows = 0
+        self._length = len(masked)
         self._num_masked = sum(masked)
         self._is_full = True  # the next step
 
     def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
-        return Plan(self._is_full, num_rows, num_candidates) if self._num_masked else None
+        if not self._num_masked:
+            return None
+        if self._is_full:
+            return Plan(True, self._length, min(self.window, self._num_masked))
+        return Plan(False, num_rows, num_candidates)
 
     def observe(self, step: Step) -> None:
         self._is_full = False

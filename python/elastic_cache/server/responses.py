@@ -6,7 +6,7 @@ TypedDicts, because the OpenAPI schema is made of them and a stream writes hundr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from typing_extensions import NotRequired, TypedDict
@@ -38,7 +38,10 @@ class Statistics(TypedDict):
 
 
 class Token(TypedDict):
-    """A committed token; `position` counts from the start of the prompt."""
+    """A committed token; `position` counts from the start of the prompt.
+
+    `text` is empty for a special token, and no text (U+FFFD) for a part of a character.
+    """
 
     position: int
     id: int
@@ -283,7 +286,9 @@ def statistics(finished: Finished) -> Statistics:
     }
 
 
-def step_info(progress: Progress, num_layers: int, decode: Callable[..., str]) -> StepInfo:
+def step_info(
+    progress: Progress, num_layers: int, decode: Callable[[Sequence[int]], str]
+) -> StepInfo:
     """What a step did; `decode` is the tokenizer's."""
     step = progress.step
     return {
@@ -293,7 +298,7 @@ def step_info(progress: Progress, num_layers: int, decode: Callable[..., str]) -
             {
                 "position": position,
                 "id": token,
-                "text": decode([token], skip_special_tokens=False),
+                "text": decode([token]),
                 "confidence": round(confidence, 4),
             }
             for position, token, confidence in zip(

@@ -12,20 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from elastic_cache.events import Event, Failed, Finished, Progress, Started, Timing
 from elastic_cache.models.tokenizer import Tokenizer
-from elastic_cache.service import (
-    Event,
-    Failed,
-    Finished,
-    Progress,
-    QueueFullError,
-    Service,
-    ServiceClosedError,
-    Started,
-    Stats,
-    Ticket,
-    Timing,
-)
+from elastic_cache.service import QueueFullError, Service, ServiceClosedError, Stats
+from elastic_cache.ticket import Ticket
 from elastic_cache.types import Generation, Step
 
 WORDS = ("Ava", " has", " 8", " apples", " now")

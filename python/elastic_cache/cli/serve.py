@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic_cache import env
 from elastic_cache.cli import options as shared
 from elastic_cache.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from elastic_cache.service import Service
 
 
 def add_command(commands: Any) -> None:
@@ -72,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
     engine = load(options.model, device=options.device, dtype=options.dtype)
     server_options = ServerOptions(settings, key, options.max_body, options.max_prompt)
     service = Service(engine, options.concurrency, options.max_queue)
+    _try_out(service, settings, engine.model.config.max_length)
     app = create_app(service, engine.model, server_options)
     log_to_stderr()
     port = bound.getsockname()[1]
@@ -94,6 +98,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"grace must be a number of seconds from 0 on, got {options.grace}")
     if options.api_key is not None and not options.api_key.strip():
         raise ValueError("api-key must not be empty; leave it out to let everyone in")
+
+
+def _try_out(service: Service, settings: dict[str, Any], max_length: int) -> None:
+    """One step with the default settings: what refuses them does so before anyone asks, and the
+    first who asks need not wait for what only a first step does."""
+    room = min(settings["gen_length"], max_length - 1)
+    service.submit([0], max_steps=1, **(settings | {"gen_length": room})).result()
 
 
 def _welcome(options: argparse.Namespace, port: int, has_key: bool) -> str:

@@ -17,8 +17,15 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from elastic_cache.errors import ElasticCacheError
+from elastic_cache.events import Event, Failed, Finished, Progress, Started
 from elastic_cache.models.tokenizer import Tokenizer
-from elastic_cache.server.errors import ApiError, ErrorBody, internal_error, unavailable
+from elastic_cache.server.errors import (
+    ApiError,
+    ErrorBody,
+    from_value_error,
+    internal_error,
+    unavailable,
+)
 from elastic_cache.server.log import FIELDS, logger
 from elastic_cache.server.metrics import Metrics
 from elastic_cache.server.record import CLIENT_GONE, Record
@@ -32,15 +39,8 @@ from elastic_cache.server.responses import (
     step_info,
     usage_of,
 )
-from elastic_cache.service import (
-    Event,
-    Failed,
-    Finished,
-    Progress,
-    ServiceClosedError,
-    Started,
-    Ticket,
-)
+from elastic_cache.service import ServiceClosedError
+from elastic_cache.ticket import Ticket
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Answer(Response):
             return unavailable()
         if isinstance(error, ValueError):
             self._record.outcome = "invalid"
-            return ApiError(400, str(error))
+            return from_value_error(error)
         self._record.outcome = "failed"
         logger.error("the request failed", exc_info=error, extra={FIELDS: {"id": self._record.id}})
         if isinstance(error, ElasticCacheError):

@@ -25,7 +25,13 @@ from elastic_cache.config import POLICIES, GenerationConfig
 from elastic_cache.models.weights import Model
 from elastic_cache.prompt import encode_ids, encode_raw
 from elastic_cache.server.answer import Answer, Facts, Manner
-from elastic_cache.server.errors import ApiError, ErrorBody, from_validation, unavailable
+from elastic_cache.server.errors import (
+    ApiError,
+    ErrorBody,
+    from_validation,
+    from_value_error,
+    unavailable,
+)
 from elastic_cache.server.guard import Guard
 from elastic_cache.server.metrics import Metrics
 from elastic_cache.server.requests import ChatMessage, ChatRequest, CompletionRequest, Fields
@@ -39,7 +45,8 @@ from elastic_cache.server.responses import (
     ModelList,
     Writer,
 )
-from elastic_cache.service import QueueFullError, Service, ServiceClosedError, Ticket
+from elastic_cache.service import QueueFullError, Service, ServiceClosedError
+from elastic_cache.ticket import Ticket
 
 MAX_BODY = 1 << 20
 """Bytes of a body by default: more text than the models of this field take."""
@@ -275,7 +282,7 @@ class Server:
         except ServiceClosedError:
             raise unavailable() from None
         except ValueError as error:
-            raise ApiError(400, str(error)) from None
+            raise from_value_error(error) from None
         return ticket, len(ids), gen_length
 
     def _gen_length(self, num_tokens: int, given: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +11,20 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from typing_extensions import TypedDict
 
+from elastic_cache.config import GenerationConfig
+
 MAX_SHOWN = 80
 """Characters of a wrong value that an error shows."""
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 """Of an error by its status; others are the client's mistake below 500 and ours from there on."""
+
+_ARGUMENTS = (
+    *(setting.name for setting in dataclasses.fields(GenerationConfig)),
+    "deadline",
+    "max_steps",
+    "priority",
+)
 
 
 class ErrorFields(TypedDict):
@@ -75,6 +85,12 @@ def internal_error(request_id: str) -> ApiError:
         f"the server failed on this request; its log has the reason under {request_id}",
         code="internal_error",
     )
+
+
+def from_value_error(error: ValueError) -> ApiError:
+    """An argument that the engine refuses: its sentences begin with the argument's name."""
+    first = str(error).partition(" ")[0]
+    return ApiError(400, str(error), first if first in _ARGUMENTS else None)
 
 
 def from_validation(errors: Sequence[Any], known: Sequence[str]) -> ApiError:

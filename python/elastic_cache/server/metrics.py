@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from elastic_cache.service import Stats, Timing
+from elastic_cache.events import Timing
+from elastic_cache.service import Stats
 
 _PREFIX = "elastic_cache_"
 # Seconds. A step takes 1 ms to 1 s on all machines so far, an answer up to minutes.

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_cache.service import Finished
+from elastic_cache.events import Finished
 
 CLIENT_GONE = 499
 """Status of a request whose client left before the answer began; nginx's, HTTP has none."""

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from elastic_cache.config import POLICIES, GenerationConfig
-from elastic_cache.server.errors import ApiError, shown
+from elastic_cache.server.errors import ApiError, from_value_error, shown
 from elastic_cache.types import Message
 
 MAX_SEED = 2**63 - 1
@@ -166,8 +166,7 @@ class Fields(BaseModel):
         try:
             GenerationConfig(**(kept | given))
         except ValueError as error:
-            first = str(error).split()[0]
-            raise ApiError(400, str(error), first if first in names else None) from None
+            raise from_value_error(error) from None
         return kept | given
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from typing_extensions import NotRequired, TypedDict
 
-from elastic_cache.service import Finished, Progress
+from elastic_cache.events import Finished, Progress
 
 FinishReason = Literal["stop", "length"]
 

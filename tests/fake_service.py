@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from elastic_cache.events import Event, Failed, Finished, Progress, Started, Timing
 from elastic_cache.models.tokenizer import Tokenizer
-from elastic_cache.service import QueueFullError, Service, ServiceClosedError, Stats
+from elastic_cache.service import Service, ServiceClosedError, Stats
 from elastic_cache.ticket import Ticket
 from elastic_cache.types import Generation, Step
 
@@ -93,13 +93,20 @@ class FakeService(Service):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.tickets: list[FakeTicket] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """As new; what runs is cancelled."""
+        for ticket in self.tickets:
+            ticket.cancel()
         self.delay = 0.0
         self.starts = threading.Event()
         self.starts.set()
         self.failure: Exception | None = None
         self.fails_at: int | None = None
         self.refusal: Exception | None = None
-        self.tickets: list[FakeTicket] = []
+        self.tickets = []
 
     def submit(self, prompt: Any, **settings: Any) -> FakeTicket:
         if self.refusal is not None:
@@ -117,6 +124,3 @@ class FakeService(Service):
         for ticket in self.tickets:
             if not ticket.is_over.wait(max(end - time.monotonic(), 0)):
                 ticket.cancel()
-
-
-FULL = QueueFullError("the queue is full")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse, Response
@@ -103,6 +103,7 @@ class Answer(Response):
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._record.outcome = "cancelled"  # unless it gets to an end
         async with self._follow(receive) as events:
             # The status is known once the request has left the queue, not before.
             first = await events.get()
@@ -203,8 +204,13 @@ class Answer(Response):
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         watcher = asyncio.create_task(_wait_for_disconnect(receive))
         watcher.add_done_callback(lambda _: self._leave(queue))
-        put = queue.put_nowait
-        self._ticket.listen(self._listener(lambda event: loop.call_soon_threadsafe(put, event)))
+
+        def forward(event: Event) -> None:
+            # A loop that was closed by force has nobody left who waits.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        self._ticket.listen(self._listener(forward))
         try:
             yield queue
         finally:
@@ -216,7 +222,7 @@ class Answer(Response):
         self._ticket.cancel()
         queue.put_nowait(None)
 
-    def _listener(self, forward: Callable[[Event], object]) -> Callable[[Event], None]:
+    def _listener(self, forward: Callable[[Event], None]) -> Callable[[Event], None]:
         """Called from the service's thread; steps are counted there, also those not forwarded."""
         last_step: float | None = None
 

@@ -72,7 +72,8 @@ class Guard:
         if self._key is None:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        is_right = hmac.compare_digest(given.strip().encode(), self._key)
+        # Latin-1 gives back the bytes that were sent, whatever they are.
+        is_right = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
         if scheme.lower() != "bearer" or not is_right:
             what = "a wrong API key was given" if given else "this server needs an API key"
             raise ApiError(

@@ -31,10 +31,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Sends this server's lines, and uvicorn's warnings, to standard error."""
+    """Sends this package's lines, and uvicorn's warnings, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name, level in ((logger.name, logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("elastic_cache", logging.INFO), ("uvicorn", logging.WARNING)):
         target = logging.getLogger(name)
         target.handlers, target.propagate = [handler], False
         target.setLevel(level)

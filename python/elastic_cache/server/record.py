@@ -38,9 +38,9 @@ class Record:
         return time.perf_counter() - self.started
 
     def finish(self, finished: Finished) -> None:
-        """Notes the answer; one that was cancelled keeps the outcome given by who cancelled it."""
+        """Notes the answer."""
         generation = finished.generation
-        self.outcome = self.outcome or ("complete" if finished.is_complete else "incomplete")
+        self.outcome = "complete" if finished.is_complete else "incomplete"
         self.fields |= {
             "finish_reason": generation.finish_reason,
             "tokens": generation.num_tokens,

@@ -1,4 +1,4 @@
-"""A service without a model: it answers every request with the same words, as slowly as told.
+"""A service without a model: every answer has the same words, and waits where it is told to.
 
 Tests of the server use it to hold a request at a place of their choice; what a service does with a
 model is tested elsewhere.
@@ -45,30 +45,37 @@ class FakeTicket(Ticket):
 
     def _events(self) -> Any:
         service = self._service
-        while not service.starts.wait(0.005):
-            if self.is_cancelled.is_set():
-                yield self._finished(0, "cancelled")
-                return
+        if not self._wait(service.starts):
+            yield self._finished(0, "cancelled")
+            return
         if service.failure is not None:
             yield Failed(service.failure)
             return
         yield Started(0.01, len(self.prompt))
-        ids = [service.tokenizer.encode(word)[0] for word in WORDS]
-        limit = self.settings.get("max_steps") or len(WORDS)
-        for index, word in enumerate(WORDS[:limit]):
-            if self.is_cancelled.wait(service.delay):
+        words = service.words
+        ids = [service.tokenizer.encode(word)[0] for word in words]
+        limit = self.settings.get("max_steps") or len(words)
+        for index, word in enumerate(words[:limit]):
+            if index == service.holds_at and not self._wait(service.goes_on):
                 yield self._finished(index, "cancelled")
                 return
-            place, left = len(self.prompt) + index, len(WORDS) - index - 1
+            place, left = len(self.prompt) + index, len(words) - index - 1
             step = Step(index, 1, [place], [ids[index]], [0.5], [], [], 24, left)
             yield Progress(word, "\u2591" * left, step)
             if index == service.fails_at:
                 yield Failed(RuntimeError("secret of the machine"))
                 return
-        yield self._finished(limit, "steps" if limit < len(WORDS) else "eos")
+        yield self._finished(limit, "steps" if limit < len(words) else "eos")
+
+    def _wait(self, event: threading.Event) -> bool:
+        """Whether the event came before the request was cancelled."""
+        while not event.wait(0.005):
+            if self.is_cancelled.is_set():
+                return False
+        return True
 
     def _finished(self, num_steps: int, reason: str) -> Finished:
-        text = "".join(WORDS[:num_steps])
+        text = "".join(self._service.words[:num_steps])
         generation = Generation(
             ids=torch.zeros(1, dtype=torch.int64),
             text=text,
@@ -85,7 +92,8 @@ class FakeTicket(Ticket):
 class FakeService(Service):
     """Attributes that tests set:
 
-    delay: seconds of a step.
+    words: of the answer; a step gives one of them.
+    holds_at: the step before which an answer waits until `goes_on` is set; None for no such step.
     starts: requests wait in the queue until it is set; it is from the start.
     failure: what every request fails with; fails_at: a step after which they fail unforeseen.
     refusal: what `submit` raises.
@@ -100,7 +108,9 @@ class FakeService(Service):
         """As new; what runs is cancelled."""
         for ticket in self.tickets:
             ticket.cancel()
-        self.delay = 0.0
+        self.words = WORDS
+        self.holds_at: int | None = None
+        self.goes_on = threading.Event()
         self.starts = threading.Event()
         self.starts.set()
         self.failure: Exception | None = None

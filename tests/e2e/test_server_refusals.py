@@ -381,7 +381,7 @@ def head(body: bytes, path: str = CHAT) -> str:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request(live: Live, stream: bool) -> None:
-    live.service.delay = 3600.0
+    live.service.holds_at = 1
     body = json.dumps({"messages": MESSAGES, "stream": stream}).encode()
     connection = raw_request(live.url, head(body), body=body)
     if stream:

@@ -52,7 +52,13 @@ MAX_BODY = 1 << 20
 """Bytes of a body by default: more text than the models of this field take."""
 
 _SETTINGS = tuple(setting.name for setting in dataclasses.fields(GenerationConfig))
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {
+    "type": "object",
+    "description": "A server-sent event: data is a chunk, an error, or [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+_STREAM = {"text/event-stream": {"schema": _EVENT}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {

@@ -31,8 +31,7 @@ class AnswerText:
         # Positions count from the start of the text.
         self._start = prompt.text_start
         self._ids: list[int] = prompt.ids[self._start :].tolist()
-        self._generated: list[bool] = prompt.masked[self._start :].tolist()
-        self._masked = list(self._generated)
+        self._masked: list[bool] = prompt.masked[self._start :].tolist()
         self._end = len(self._ids)  # the leftmost generated EOS, as far as is known
         self._next = 0  # all positions before it are decoded
         # Tokens before `_next` from a character's start on: all that is not sent, and before it
@@ -45,7 +44,7 @@ class AnswerText:
         self._pieces = [MASK if masked else "" for masked in self._masked]
         for masked, group in groupby(range(self._end), key=self._masked.__getitem__):
             run = list(group)
-            if not masked and run[0] > 0:
+            if not masked:
                 self._pieces[run[0]] = self._decode(self._ids[run[0] : run[-1] + 1])
 
     def add(self, step: Step) -> str:
@@ -53,7 +52,7 @@ class AnswerText:
         committed = [position - self._start for position in step.committed]
         for position, token in zip(committed, step.tokens, strict=True):
             self._ids[position], self._masked[position] = token, False
-            if token == self._eos_id and self._generated[position]:
+            if token == self._eos_id:
                 self._end = min(self._end, position)
         delta = self._advance()
         self._draw(committed)
@@ -100,7 +99,7 @@ class AnswerText:
             if not done <= position < self._end:
                 continue
             first, done = position, position + 1
-            while first > self._next and not self._masked[first - 1]:
+            while not self._masked[first - 1]:  # `_next` is masked
                 first -= 1
             while done < self._end and not self._masked[done]:
                 done += 1

@@ -33,7 +33,7 @@ def add_command(commands: Any) -> None:
     counts = (
         ("--concurrency", 8, "N", "requests answered together"),
         ("--max-queue", 64, "N", "requests waiting; more are refused"),
-        ("--max-body", 1 << 20, "BYTES", "size of a request"),
+        ("--max-body", 1 << 18, "BYTES", "size of a request"),
         ("--max-prompt", None, "TOKENS", "length of a prompt (default: the model's)"),
     )
     for flag, default, metavar, text in counts:

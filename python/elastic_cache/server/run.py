@@ -62,6 +62,7 @@ def serve(
         access_log=False,
         server_header=False,
         lifespan="off",
+        ws="none",
         timeout_graceful_shutdown=_FLUSH_SECONDS,
     )
     try:

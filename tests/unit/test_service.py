@@ -170,18 +170,21 @@ def test_cancelled_while_queued(start: Any, gate: Gate, script: Script) -> None:
 def test_cancelled_while_running_its_lane_is_free_in_the_next_step(
     start: Any, gate: Gate, script: Script
 ) -> None:
-    service = start(num_lanes=1)
+    service = start(num_lanes=2)
     ticket = ask(service, A, gen_length=9)
     running = Inbox(ticket)
+    gate.wait()
+    beside = Inbox(ask(service, C, gen_length=9))
+    gate.open(1)
     gate.wait()
     waiting = Inbox(ask(service, B))
     ticket.cancel()
     gate.open()
     end = running.finished()
-    assert end.generation.finish_reason == "cancelled" and end.generation.nfe == 1
-    assert running.kinds() == ["Started", "Progress", "Finished"]
-    assert waiting.finished().is_complete
-    assert script.stepped == [[A]] + [[B]] * 4
+    assert end.generation.finish_reason == "cancelled" and end.generation.nfe == 2
+    assert running.kinds() == ["Started", "Progress", "Progress", "Finished"]
+    assert waiting.finished().is_complete and beside.finished().is_complete
+    assert script.stepped[:3] == [[A], [A, C], [C, B]]
     ticket.cancel()  # harmless now
     assert ticket.result() is end
     assert service.stats().num_cancelled == 1

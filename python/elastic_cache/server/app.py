@@ -21,7 +21,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 import elastic_cache
-from elastic_cache.config import POLICIES, GenerationConfig
+from elastic_cache.config import GenerationConfig
 from elastic_cache.models.weights import Model
 from elastic_cache.prompt import encode_ids, encode_raw
 from elastic_cache.server.answer import Answer, Facts, Manner
@@ -34,7 +34,13 @@ from elastic_cache.server.errors import (
 )
 from elastic_cache.server.guard import Guard
 from elastic_cache.server.metrics import Metrics
-from elastic_cache.server.requests import ChatMessage, ChatRequest, CompletionRequest, Fields
+from elastic_cache.server.requests import (
+    SERVED_POLICIES,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    Fields,
+)
 from elastic_cache.server.responses import (
     ChatCompletion,
     ChatWriter,
@@ -211,7 +217,7 @@ class Server:
             "created": int(time.time()),
             "owned_by": "elastic-cache",
             "elastic_cache": {
-                "policies": list(POLICIES),
+                "policies": list(SERVED_POLICIES),
                 "defaults": {name: _writable(value) for name, value in self._defaults.items()},
                 "max_length": config.max_length,
                 "max_prompt": self._max_prompt,

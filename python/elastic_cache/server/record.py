@@ -39,14 +39,14 @@ class Record:
 
     def finish(self, finished: Finished) -> None:
         """Notes the answer."""
-        generation = finished.generation
+        generation, first = finished.generation, finished.timing.first_token
         self.outcome = "complete" if finished.is_complete else "incomplete"
         self.fields |= {
             "finish_reason": generation.finish_reason,
             "tokens": generation.num_tokens,
             "nfe": generation.nfe,
             "queue_seconds": round(finished.timing.queue, 4),
-            "first_token_seconds": finished.timing.first_token,
+            "first_token_seconds": None if first is None else round(first, 4),
         }
 
     def ended_as(self) -> str:

@@ -25,6 +25,9 @@ from elastic_cache.config import POLICIES, GenerationConfig
 from elastic_cache.server.errors import ApiError, from_value_error, shown
 from elastic_cache.types import Message
 
+SERVED_POLICIES = tuple(policy for policy in POLICIES if policy not in ("prefix", "dual"))
+"""Those that the service takes: blocks are decoded one request at a time."""
+
 MAX_SEED = 2**63 - 1
 COMMIT_RULES = ("tokens_per_step", "steps", "factor")
 _LENGTHS = ("gen_length", "max_tokens", "max_completion_tokens")
@@ -94,7 +97,7 @@ class Fields(BaseModel):
     temperature: float | None = Field(None, ge=0, le=100)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
 
-    policy: Annotated[str, Field(json_schema_extra={"enum": list(POLICIES)})] | None = None
+    policy: Annotated[str, Field(json_schema_extra={"enum": list(SERVED_POLICIES)})] | None = None
     window: int | None = Field(None, ge=1)
     gamma: float | None = None
     threshold: float | None = Field(None, ge=0, le=1)

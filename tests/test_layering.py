@@ -17,8 +17,8 @@ PACKAGE = ROOT / "python/elastic_cache"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("cli", "server", "lm_eval"),
-    ("lab",),
+    ("cli", "lm_eval"),
+    ("lab", "server"),
     ("service",),
     ("ticket",),
     ("events", "answer_text"),

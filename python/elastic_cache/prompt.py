@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import TypeIs
 
+from elastic_cache.models.tokenizer import Tokenizer
 from elastic_cache.models.weights import Model
 from elastic_cache.types import Message
 
@@ -37,14 +38,7 @@ def encode_prompt(
             a sequence longer than the model's, or nothing to decode.
     """
     config = model.config
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise ValueError("the prompt is empty: give some text")
-        ids = _encode_chat(model, [{"role": "user", "content": prompt}])
-    elif _is_chat(prompt):
-        ids = _encode_chat(model, prompt)
-    else:
-        ids = _check_ids(model, prompt)
+    ids = encode_ids(model, prompt)
     is_infilling = bool((ids == config.mask_id).any())
     if gen_length == 0 and not is_infilling:
         raise ValueError(
@@ -61,6 +55,32 @@ def encode_prompt(
     return Prompt(ids, masked, 0 if is_infilling else total - gen_length)
 
 
+def encode_ids(
+    model: Model, prompt: str | Sequence[Message] | Sequence[int] | torch.Tensor
+) -> torch.Tensor:
+    """Token ids of what the user gave, int64 [P] on the CPU; a text becomes a chat of one message.
+
+    Raises:
+        ValueError: an empty prompt, ids outside the vocabulary, or a literal mask token in a text.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: give some text")
+        return _encode_chat(model, [{"role": "user", "content": prompt}])
+    return _encode_chat(model, prompt) if _is_chat(prompt) else _check_ids(model, prompt)
+
+
+def encode_raw(model: Model, text: str) -> torch.Tensor:
+    """Token ids of a text without the chat template, int64 [P] on the CPU.
+
+    Raises:
+        ValueError: there is no tokenizer, the text is empty or contains the mask token.
+    """
+    if not text:
+        raise ValueError("the prompt is empty: give some text")
+    return _encode_text(model, _tokenizer(model), text)
+
+
 def _is_chat(
     prompt: Sequence[Message] | Sequence[int] | torch.Tensor,
 ) -> TypeIs[Sequence[Message]]:
@@ -68,10 +88,18 @@ def _is_chat(
 
 
 def _encode_chat(model: Model, messages: Sequence[Message]) -> torch.Tensor:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
+    tokenizer = _tokenizer(model)
+    return _encode_text(model, tokenizer, tokenizer.render_chat(messages))
+
+
+def _tokenizer(model: Model) -> Tokenizer:
+    if model.tokenizer is None:
         raise ValueError(f"{model.name!r} has no tokenizer.json: give the prompt as token ids")
-    ids = tokenizer.encode(tokenizer.render_chat(messages))
+    return model.tokenizer
+
+
+def _encode_text(model: Model, tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    ids = tokenizer.encode(text)
     if model.config.mask_id in ids:
         raise ValueError(
             "the prompt contains the mask token as text; to fill in masks, give token ids "

@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # Imported here so that an interrupt at any moment is caught by `main`.
-    from elastic_cache.cli import bench, doctor, generate, info
+    from elastic_cache.cli import bench, doctor, generate, info, serve
 
     parser = _Parser(
         prog="elastic-cache",
         description="Fast inference for masked-diffusion language models.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (generate, info, doctor, bench):
+    for module in (generate, info, doctor, bench, serve):
         module.add_command(commands)
     return parser
 

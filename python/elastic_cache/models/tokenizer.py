@@ -39,7 +39,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
         check_text("text", text)
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        # A batch of one, because only batches let other threads run meanwhile: a long text takes
+        # a second, in which a server has others to answer.
+        return list(self._backend.encode_batch([text], add_special_tokens=False)[0].ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids beyond the tokenizer's vocabulary decode to nothing."""

@@ -21,6 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lab",),
     ("service",),
     ("batch",),
+    ("ticket",),
+    ("events", "answer_text"),
     ("display", "lm_eval_args"),
     ("engine",),
     ("prompt",),

@@ -133,7 +133,7 @@ class Engine:
         Errors in the arguments are raised here, before the first step. `request.tokens()` is the
         sequence as it stands; after the last step `request.result` is the Generation.
         """
-        config = _settings(settings)
+        config = find_settings(settings)
         encoded = encode_prompt(self.model, prompt, config.gen_length)
         return Request(self.model, self._runners, encoded, config)
 
@@ -358,7 +358,8 @@ class _Launched:
     num_rows: int
 
 
-def _settings(given: dict[str, Any]) -> GenerationConfig:
+def find_settings(given: dict[str, Any]) -> GenerationConfig:
+    """The settings of those names, checked; ValueError with the name or value that is wrong."""
     known = [field.name for field in dataclasses.fields(GenerationConfig)]
     for name in given:
         if name not in known:

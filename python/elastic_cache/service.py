@@ -7,94 +7,34 @@ nothing is shared. Between two steps it looks at cancellations, deadlines and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import atexit
+import copy
+import dataclasses
+import logging
+import math
+import threading
+import time
+from bisect import insort
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from types import TracebackType
+from typing import Any
 
 import torch
 
-from elastic_cache.engine import Engine
-from elastic_cache.types import Generation, Message, Step
+from elastic_cache.answer_text import AnswerText
+from elastic_cache.batch import Batch, Outcome
+from elastic_cache.config import GenerationConfig
+from elastic_cache.engine import Engine, Request, find_settings
+from elastic_cache.events import Event as Event
+from elastic_cache.events import Failed, Finished, Progress, Started, Timing
+from elastic_cache.policies import make_policy
+from elastic_cache.prompt import Prompt, encode_prompt
+from elastic_cache.ticket import Ticket
+from elastic_cache.types import Generation, Message
 
-
-@dataclass(frozen=True)
-class Started:
-    """The request left the queue.
-
-    Attributes:
-        queue_seconds: how long it waited.
-        prompt_tokens: length of the encoded prompt.
-    """
-
-    queue_seconds: float
-    prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of the request.
-
-    Attributes:
-        delta: text that is final from now on and continues all earlier deltas: the answer up to its
-            first undecoded position. The deltas of a request joined are its text. May be empty.
-        provisional: what stands behind that: decoded positions as text, undecoded ones as "\u2591".
-        step: what the step did.
-    """
-
-    delta: str
-    provisional: str
-    step: Step
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of a finished request.
-
-    Attributes:
-        queue: from submission to the batch.
-        first_token: from submission to the first committed token; None if there was none.
-        total: from submission to the end.
-        step_p50, step_p99: of the steps it took part in; 0 if there was none.
-    """
-
-    queue: float
-    first_token: float | None
-    total: float
-    step_p50: float
-    step_p99: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The answer: complete, or as it stood when a limit was reached or it was cancelled.
-
-    Attributes:
-        delta: the rest of the text, as in Progress.
-        generation: with finish_reason "eos", "length", "deadline", "steps" or "cancelled".
-        timing: seconds.
-    """
-
-    delta: str
-    generation: Generation
-    timing: Timing
-
-    @property
-    def is_complete(self) -> bool:
-        return self.generation.finish_reason in ("eos", "length")
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The request failed; others are not affected.
-
-    Attributes:
-        error: a sentence for the user is str(error).
-    """
-
-    error: Exception
-
-
-Event = Union[Started, Progress, Finished, Failed]
+_SERVED_POLICIES = ("elastic", "none", "rolling")
 
 
 class QueueFullError(Exception):
@@ -131,25 +71,47 @@ class Stats:
     busy_seconds: float
 
 
-class Ticket:
-    """A submitted request, as its owner sees it."""
+@dataclass(eq=False)
+class _Job:
+    """A request on its way through the service; times are of `time.monotonic`."""
 
-    def events(self) -> Iterator[Event]:
-        """Waits for and gives every event in turn; ends after Finished or Failed."""
-        raise NotImplementedError
+    ticket: Ticket
+    prompt: str | Sequence[Message] | Sequence[int] | torch.Tensor
+    settings: dict[str, Any]
+    config: GenerationConfig
+    encoded: Prompt
+    text: AnswerText
+    order: tuple[int, int]  # lowest first
+    submitted: float
+    expires: float
+    max_steps: float
+    request: Request | None = None  # from when it runs on
+    started: float | None = None
+    first_token: float | None = None
+    is_decoded: bool = False  # fully: its next step finishes it
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
 
-    def listen(self, listener: Callable[[Event], None]) -> None:
-        """Calls `listener` with every event so far and to come, from the service's thread; it must
-        return at once and not raise. One listener at most; not together with `events`."""
-        raise NotImplementedError
+    def stop_reason(self, now: float) -> str | None:
+        """Why it ends before the next step, if it does."""
+        if self.ticket.is_cancelled:
+            return "cancelled"
+        if self.is_decoded:
+            return None
+        if now >= self.expires:
+            return "deadline"
+        return "steps" if len(self.step_seconds) >= self.max_steps else None
 
-    def cancel(self) -> None:
-        """Ends the request before the next step; Finished follows. Harmless when it is over."""
-        raise NotImplementedError
-
-    def result(self) -> Finished:
-        """Waits for the end; raises the error of a request that failed."""
-        raise NotImplementedError
+    def timing(self, now: float) -> Timing:
+        started = now if self.started is None else self.started
+        first = None if self.first_token is None else self.first_token - self.submitted
+        seconds = sorted(self.step_seconds)
+        return Timing(
+            queue=started - self.submitted,
+            first_token=first,
+            total=now - self.submitted,
+            step_p50=_quantile(seconds, 0.5),
+            step_p99=_quantile(seconds, 0.99),
+        )
 
 
 class Service:
@@ -162,7 +124,39 @@ class Service:
     """
 
     def __init__(self, engine: Engine, num_lanes: int = 8, max_queue: int = 64) -> None:
-        raise NotImplementedError
+        if num_lanes < 1:
+            raise ValueError(f"num_lanes must be at least 1, got {num_lanes}")
+        if max_queue < 0:
+            raise ValueError(f"max_queue must be at least 0, got {max_queue}")
+        self._engine = engine
+        self._num_lanes = num_lanes
+        self._max_queue = max_queue
+        self._batch: Batch | None = Batch(engine, num_lanes)  # None: the last one broke
+        # Guards what follows. Jobs are moved and counted by the thread alone, new ones excepted.
+        self._changed = threading.Condition()
+        self._queue: list[_Job] = []  # next one first
+        self._running: dict[Request, _Job] = {}
+        self._listened: list[Ticket] = []  # whose listeners are due the events so far
+        self._counts: Counter[str] = Counter()
+        self._busy_seconds = 0.0
+        self._num_submitted = 0
+        self._close_at: float | None = None  # closed; what runs has until then
+        self._has_ended = False
+        # A daemon: the interpreter waits for others before it calls what would end them.
+        self._thread = threading.Thread(target=self._run, name="elastic_cache.service", daemon=True)
+        self._thread.start()
+        atexit.register(self._exit)
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def submit(
         self,
@@ -187,12 +181,262 @@ class Service:
             QueueFullError: so many are waiting.
             ServiceClosedError: it has been closed.
         """
-        raise NotImplementedError
+        _check_limits(priority, deadline, max_steps)
+        config = find_settings(settings)
+        if config.policy not in _SERVED_POLICIES:
+            raise ValueError(
+                f"policy {config.policy!r} decodes one request at a time: "
+                f"serving takes {', '.join(_SERVED_POLICIES)}"
+            )
+        model, now = self._engine.model, time.monotonic()
+        encoded = encode_prompt(model, prompt, config.gen_length)
+        make_policy(encoded.masked.tolist(), config, model.config.eos_id)
+        text = AnswerText(model, encoded)
+        kept = copy.deepcopy(prompt)  # its owner may change it while it waits
+        with self._changed:
+            if self._close_at is not None:
+                raise ServiceClosedError("the service is closed and accepts no requests")
+            # Free lanes count: the thread will fill them as soon as it gets to it.
+            num_waiting = len(self._queue) + len(self._running) - self._num_lanes
+            if num_waiting >= self._max_queue:
+                self._counts["num_rejected"] += 1
+                raise QueueFullError(
+                    f"{self._max_queue} requests are waiting, and no more may: try again later"
+                )
+            self._num_submitted += 1
+            job = _Job(
+                ticket=Ticket(self._on_listen),
+                prompt=kept,
+                settings=settings,
+                config=config,
+                encoded=encoded,
+                text=text,
+                order=(-priority, self._num_submitted),
+                submitted=now,
+                expires=math.inf if deadline is None else now + deadline,
+                max_steps=math.inf if max_steps is None else max_steps,
+            )
+            insort(self._queue, job, key=lambda other: other.order)
+            self._changed.notify()
+        return job.ticket
 
     def stats(self) -> Stats:
-        raise NotImplementedError
+        """Numbers of one moment."""
+        with self._changed:
+            return Stats(
+                num_queued=len(self._queue),
+                num_running=len(self._running),
+                num_finished=self._counts["num_finished"],
+                num_failed=self._counts["num_failed"],
+                num_cancelled=self._counts["num_cancelled"],
+                num_incomplete=self._counts["num_incomplete"],
+                num_rejected=self._counts["num_rejected"],
+                num_tokens=self._counts["num_tokens"],
+                num_steps=self._counts["num_steps"],
+                busy_seconds=self._busy_seconds,
+            )
 
     def close(self, seconds: float = 30.0) -> None:
         """Accepts nothing more, fails what is queued (ServiceClosedError), gives what runs so many
         seconds to finish, ends the rest as it stands ("cancelled"), and joins the thread."""
-        raise NotImplementedError
+        self._stop_accepting(seconds)
+        self._thread.join()
+        atexit.unregister(self._exit)
+
+    def _exit(self) -> None:
+        """For a program that ends without `close`: a thread that is killed inside of torch takes
+        the process down with it. Does not wait for a step that hangs."""
+        self._stop_accepting(0.0)
+        self._thread.join(timeout=10.0)
+
+    def _stop_accepting(self, seconds: float) -> None:
+        with self._changed:
+            at = time.monotonic() + seconds
+            self._close_at = at if self._close_at is None else min(at, self._close_at)
+            self._changed.notify()
+
+    def _on_listen(self, ticket: Ticket) -> None:
+        with self._changed:
+            if not self._has_ended:
+                self._listened.append(ticket)
+                self._changed.notify()
+                return
+        ticket.call_listener()
+
+    def _run(self) -> None:
+        """The thread."""
+        while self._wait():
+            try:
+                self._end_waiting()
+                self._end_running()
+                self._fill_lanes()
+                if self._running:
+                    self._step()
+            except Exception as error:
+                self._fail(error)
+
+    def _wait(self) -> bool:
+        """Waits for something to do; False when nothing can come any more."""
+        with self._changed:
+            while not (self._queue or self._running or self._listened):
+                if self._close_at is not None:
+                    self._has_ended = True
+                    return False
+                self._changed.wait()
+            listened, self._listened = self._listened, []
+        for ticket in listened:
+            ticket.call_listener()
+        return True
+
+    def _end_waiting(self) -> None:
+        """Ends what waits and may not any longer."""
+        now = time.monotonic()
+        with self._changed:
+            waiting, is_closed = list(self._queue), self._close_at is not None
+        for job in waiting:
+            reason = job.stop_reason(now)
+            if reason is not None:
+                self._finish(job, _unstarted(job, reason), now)
+            elif is_closed:
+                error = ServiceClosedError("the service was closed while the request waited")
+                self._leave(job, Failed(error))
+
+    def _end_running(self) -> None:
+        """Stops what was cancelled or has reached a limit; its lanes are free then."""
+        now = time.monotonic()
+        with self._changed:
+            is_over = self._close_at is not None and now >= self._close_at
+        for request, job in list(self._running.items()):
+            reason = job.stop_reason(now) or ("cancelled" if is_over else None)
+            if reason is not None:
+                self._lanes().remove(request)
+                self._finish(job, request.stop(reason), now)
+
+    def _fill_lanes(self) -> None:
+        while True:
+            with self._changed:
+                if not self._queue:
+                    return
+                job = self._queue[0]
+            try:
+                batch = self._lanes()
+                if not batch.num_free:
+                    return
+                request = batch.add(job.prompt, **job.settings)
+            except Exception as error:
+                self._leave(job, Failed(error))
+                continue
+            now = job.started = time.monotonic()
+            with self._changed:
+                self._queue.remove(job)
+                self._running[request] = job
+                job.request = request
+            num_prompt = len(job.encoded.ids) - job.config.gen_length
+            job.ticket.put(Started(now - job.submitted, num_prompt))
+
+    def _lanes(self) -> Batch:
+        """The batch; a new one after a failure, of which only the next request need know."""
+        if self._batch is None:
+            self._batch = Batch(self._engine, self._num_lanes)
+        return self._batch
+
+    def _step(self) -> None:
+        outcomes: list[Outcome] = []
+        started = time.monotonic()
+        try:
+            outcomes = self._lanes().step()
+        finally:
+            now = time.monotonic()
+            with self._changed:
+                self._busy_seconds += now - started
+                self._counts["num_steps"] += any(outcome.step for outcome in outcomes)
+        for outcome in outcomes:
+            self._hand_out(outcome, now, now - started)
+
+    def _hand_out(self, outcome: Outcome, now: float, seconds: float) -> None:
+        """Tells a request's owner what a step of so many seconds, which ended `now`, has done."""
+        request, step = outcome.request, outcome.step
+        job = self._running[request]
+        if step is not None:
+            job.step_seconds.append(seconds)
+            if job.first_token is None and step.committed:
+                job.first_token = now
+            job.is_decoded = step.num_masked == 0
+            delta = job.text.add(step)
+            job.ticket.put(Progress(delta, job.text.provisional(), step))
+        if outcome.error is not None:
+            self._leave(job, Failed(outcome.error))
+        elif request.is_finished:
+            self._finish(job, request.result, now)
+
+    def _finish(self, job: _Job, generation: Generation, now: float) -> None:
+        """Ends a job with an answer."""
+        delta = job.text.rest(generation.text)
+        self._leave(job, Finished(delta, generation, job.timing(now)))
+
+    def _leave(self, job: _Job, event: Finished | Failed) -> None:
+        """Takes a job out of the books, and tells its owner why."""
+        with self._changed:
+            if job.request is None:
+                self._queue.remove(job)
+            else:
+                del self._running[job.request]
+            self._counts[_kind(event)] += 1
+            if isinstance(event, Finished) and event.is_complete:
+                self._counts["num_tokens"] += event.generation.num_tokens
+        job.ticket.put(event)
+
+    def _fail(self, error: Exception) -> None:
+        """Fails all that runs, for a batch in which a step failed cannot be trusted.
+
+        With nothing running, the error can only come from what waits: then that fails.
+        """
+        logging.getLogger(__name__).error("all running requests fail", exc_info=error)
+        # The frames of a traceback hold the broken batch's memory, which the next one needs.
+        error = error.with_traceback(None)
+        self._batch = None
+        with self._changed:
+            jobs = list(self._running.values()) or list(self._queue)
+        for job in jobs:
+            self._leave(job, Failed(error))
+
+
+def _unstarted(job: _Job, reason: str) -> Generation:
+    """The answer to a request that never ran."""
+    return Generation(
+        ids=job.encoded.ids,
+        text=job.text.whole(),
+        num_tokens=0,
+        nfe=0,
+        update_frequency=0.0,
+        seconds=0.0,
+        finish_reason=reason,
+        settings=dataclasses.asdict(job.config),
+    )
+
+
+def _kind(event: Finished | Failed) -> str:
+    """Which number of `Stats` counts it."""
+    if isinstance(event, Failed):
+        return "num_failed"
+    if event.is_complete:
+        return "num_finished"
+    is_cancelled = event.generation.finish_reason == "cancelled"
+    return "num_cancelled" if is_cancelled else "num_incomplete"
+
+
+def _check_limits(priority: int, deadline: float | None, max_steps: int | None) -> None:
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise ValueError(f"priority must be a whole number, got {priority!r}")
+    if deadline is not None:
+        is_number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
+        if not is_number or not deadline >= 0:
+            raise ValueError(f"deadline must be a number of seconds, at least 0, got {deadline!r}")
+    if max_steps is not None:
+        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"max_steps must be a whole number, at least 1, got {max_steps!r}")
+
+
+def _quantile(ascending: list[float], share: float) -> float:
+    """The least of the values that so large a share does not exceed; 0 if there is none."""
+    return ascending[math.ceil(share * len(ascending)) - 1] if ascending else 0.0

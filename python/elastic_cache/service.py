@@ -115,12 +115,12 @@ class _Job:
 
 
 class Service:
-    """Answers requests with one model until it is closed.
+    """Answers requests with one model until it is closed; as a context, until that is left.
 
     Args:
         engine: the loaded model; nobody else may use it meanwhile.
         num_lanes: requests answered together, at most.
-        max_queue: requests waiting, at most.
+        max_queue: requests waiting, at most; those that a free lane awaits do not count.
     """
 
     def __init__(self, engine: Engine, num_lanes: int = 8, max_queue: int = 64) -> None:

@@ -1,8 +1,8 @@
 """Many clients for a long time: every answer must be the one given alone, and memory stay flat.
 
 An answer is wrong if it is no answer of the model to that question, and mixed if it is the one to
-another question. A request is lost if it has not ended when `GRACE` seconds have passed since the
-last one could begin. Memory counts as flat if, from a quarter of the time on, what the process has
+another question. Requests are lost if at the end, when none begins any more, `GRACE` seconds pass in
+which none ends. Memory counts as flat if, from a quarter of the time on, what the process has
 in memory grows by no more than `GROWTH` and `SLACK` bytes together.
 """
 
@@ -146,13 +146,23 @@ def soak(
         client.start()
     _sample(verdict, begin, seconds, read_memory, read_health)
     is_over.set()
-    deadline = time.perf_counter() + GRACE
-    for client in clients:
-        client.join(max(deadline - time.perf_counter(), 0.0))
+    num_lost = _wait_for(clients)
     with lock:
-        verdict.lost = sum(client.is_alive() for client in clients)
+        verdict.lost = num_lost
         verdict.seconds = time.perf_counter() - begin
     return verdict
+
+
+def _wait_for(clients: list[threading.Thread]) -> int:
+    """How many do not end, though `GRACE` seconds have passed since the last that did."""
+    deadline = time.perf_counter() + GRACE
+    while clients and time.perf_counter() < deadline:
+        clients[0].join(0.05)
+        left = [client for client in clients if client.is_alive()]
+        if len(left) < len(clients):
+            deadline = time.perf_counter() + GRACE
+        clients = left
+    return len(clients)
 
 
 def _sample(

@@ -1,9 +1,9 @@
 """Many clients for a long time: every answer must be the one given alone, and memory stay flat.
 
 An answer is wrong if it is no answer of the model to that question, and mixed if it is the one to
-another question. Requests are lost if at the end, when none begins any more, `GRACE` seconds pass in
-which none ends. Memory counts as flat if, from a quarter of the time on, what the process has
-in memory grows by no more than `GROWTH` and `SLACK` bytes together.
+another question. Requests are lost if at the end, when none begins any more, `GRACE` seconds pass
+in which none ends. Memory counts as flat if, from a quarter of the time on, what the process has in
+memory grows by no more than `GROWTH` and `SLACK` bytes together.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ numbers are those of the model and not of the terminal.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,23 @@ UNICODE = Glyphs(mask="░", reused="·", refreshed="█", separator=" · ")
 ASCII = Glyphs(mask="_", reused=".", refreshed="#", separator=" | ")
 
 
-def show(request: Request, model: Model, console: Console | None = None) -> Generation:
-    """Runs a request to its end while showing it; leaves the answer and one line of statistics."""
+def show(
+    request: Request,
+    model: Model,
+    console: Console | None = None,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> Generation:
+    """Runs a request to its end while showing it; leaves the answer and one line of statistics.
+
+    Args:
+        request, model: what is shown.
+        console: the terminal; by default the one of standard output.
+        is_cancelled: asked before every step; True stops the request ("cancelled"). What was
+            decoded by then stays on the screen, with glyphs where something is missing in it.
+
+    Returns:
+        The answer; its `seconds` are those of the model, without those of drawing.
+    """
     console = console or Console()
     view = View(request, model, ASCII if console.options.ascii_only else UNICODE)
     drawn = seconds = 0.0
@@ -55,6 +71,9 @@ def show(request: Request, model: Model, console: Console | None = None) -> Gene
     is_live = not console.is_dumb_terminal
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
+            if is_cancelled():
+                request.stop("cancelled")
+                break
             started = time.perf_counter()
             step = next(request, None)
             now = time.perf_counter()
@@ -65,8 +84,10 @@ def show(request: Request, model: Model, console: Console | None = None) -> Gene
             if is_live and now - drawn > 1 / _FRAMES_PER_SECOND:
                 live.update(view.frame(console.width, console.height), refresh=True)
                 drawn = now
-    result = request.result
-    console.print(Text(printable(result.text or "")), soft_wrap=True)
+    result = dataclasses.replace(request.result, seconds=seconds)
+    is_complete = result.finish_reason in ("eos", "length")
+    text = Text(printable(result.text or "")) if is_complete else view.decoded()
+    console.print(text, soft_wrap=True)
     console.print(Text(summary(result, seconds, view.glyphs), style="dim"), soft_wrap=True)
     return result
 
@@ -107,24 +128,33 @@ class View:
 
     def frame(self, width: int, height: int) -> RenderableType:
         """The picture now; what changed since the previous frame is highlighted."""
-        start = self._request.prompt.text_start
-        ids, end = self._request.tokens().tolist(), len(self._masked)
+        text = crop(self._text(len(self._masked)), width, height - _STATUS_LINES)
+        picture = Group(text, Text(), self._status())
+        self._fresh.clear()
+        self._first_full = self._depth
+        return picture
+
+    def decoded(self) -> Text:
+        """The answer up to its last decoded position, nothing highlighted."""
+        self._fresh.clear()
+        known = [i for i, is_masked in enumerate(self._masked) if not is_masked]
+        return self._text(known[-1] + 1 if known else 0)
+
+    def _text(self, end: int) -> Text:
+        """The answer up to its first EOS, and to before the position `end`."""
+        start, ids = self._request.prompt.text_start, self._request.tokens().tolist()
         for position in range(start, end):
             # What follows the first EOS will not be part of the answer.
             if ids[position] == self._eos_id and self._generated[position]:
                 end = end if self._masked[position] else position
                 break
-        text = answer_text(
+        return answer_text(
             ids[start:end],
             self._masked[start:end],
             [position in self._fresh for position in range(start, end)],
             self._decode,
             self.glyphs.mask,
         )
-        picture = Group(crop(text, width, height - _STATUS_LINES), Text(), self._status())
-        self._fresh.clear()
-        self._first_full = self._depth
-        return picture
 
     def _status(self) -> Text:
         strip, refreshed = layer_strip(self._first_full, self._depth, self.glyphs)
@@ -200,6 +230,8 @@ def summary(result: Generation, seconds: float, glyphs: Glyphs) -> str:
     ]
     if result.finish_reason == "length":
         parts.append("gen_length reached")
+    elif result.finish_reason != "eos":
+        parts.append(result.finish_reason)
     return glyphs.separator.join(parts)
 
 

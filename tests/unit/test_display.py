@@ -138,6 +138,9 @@ class FakeRequest:
     def tokens(self) -> torch.Tensor:
         return self._shown.clone()
 
+    def stop(self, reason: str) -> None:
+        self.result = dataclasses.replace(self.result, finish_reason=reason)
+
 
 def fake_model() -> Any:
     return SimpleNamespace(
@@ -183,6 +186,33 @@ def test_show_leaves_answer_and_statistics(no_color: bool) -> None:
     tail = written[written.rindex("hi [b]there[/b]") :]
     assert "15 tokens in " in tail and "16 forwards (0.94 each)" in tail
     assert "25% refreshed" in tail and "gen_length reached" not in tail
+
+
+class Shuffled(FakeRequest):
+    """Commits every second position of the answer before the others."""
+
+    def _run(self, count: int) -> Iterator[Step]:
+        steps = list(super()._run(count))
+        self._shown[2:] = MASK
+        for step in steps[::2] + steps[1::2]:
+            self._shown[step.committed[0]] = step.tokens[0]
+            yield step
+
+
+@pytest.mark.parametrize(("num_steps", "left"), [(0, ""), (3, "n░e░!"), (4, "noe░!")])
+def test_a_cancelled_answer_stays_with_its_gaps(num_steps: int, left: str) -> None:
+    stream = io.StringIO()
+    console = Console(
+        file=stream, force_terminal=True, width=90, height=12, color_system=None,
+        legacy_windows=False, _environ={"TERM": "xterm"},
+    )  # fmt: skip
+    answers = iter([False] * num_steps)
+    request = Shuffled(b"noel!", 9)
+    result = show(cast(Any, request), fake_model(), console, lambda: next(answers, True))
+    assert result.finish_reason == "cancelled"
+    lines = stream.getvalue().splitlines()
+    assert lines[-2].endswith(left) and "░░" not in lines[-2]
+    assert lines[-1].endswith(" · 25% refreshed · cancelled")
 
 
 def test_summary_says_when_the_answer_was_cut_off() -> None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 from elastic_cache.errors import ElasticCacheError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
-_USER_ERRORS = (ValueError, ElasticCacheError, OSError, ImportError, MemoryError)
+USER_ERRORS = (ValueError, ElasticCacheError, OSError, ImportError, MemoryError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,25 +38,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away; Python must not try to flush into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
-    except _USER_ERRORS as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+    except USER_ERRORS as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return EXIT_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
     # Imported here so that an interrupt at any moment is caught by `main`.
-    from elastic_cache.cli import bench, doctor, generate, info, serve
+    from elastic_cache.cli import bench, chat, doctor, generate, info, serve
 
     parser = _Parser(
         prog="elastic-cache",
         description="Fast inference for masked-diffusion language models.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (generate, info, doctor, bench, serve):
+    for module in (generate, chat, serve, info, doctor, bench):
         module.add_command(commands)
     return parser
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     """The error on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -101,10 +101,12 @@ def run(options: argparse.Namespace) -> int:
         file = AnswerFile(None if out is None else out / name, run_of)
         turns = plan(cells, range(part - 1, options.problems, parts), options.repeat)
         if left := turns_left(turns, file):
-            engine = _load(options)
+            engine = load_engine(options)
             _answer(engine, options, file, left)
         record = file.record if out is None else read_folder(out)
-    overheads = _overheads(engine or _load(options), options, cells) if options.overhead else []
+    overheads = (
+        _overheads(engine or load_engine(options), options, cells) if options.overhead else []
+    )
     _report(options, record, cells, overheads)
     return 0
 
@@ -158,7 +160,8 @@ def _describe(options: argparse.Namespace, cells: Sequence[Cell]) -> dict[str, A
     }
 
 
-def _load(options: argparse.Namespace) -> Engine:
+def load_engine(options: argparse.Namespace) -> Engine:
+    """The model that the options name, at the size that `inflate` names."""
     from elastic_cache.engine import Engine, load
 
     if options.inflate is None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from elastic_cache.config import POLICIES, GenerationConfig
@@ -67,6 +69,41 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 def read_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings given on the command line, without the policy."""
     return {name: getattr(options, name) for name in (*_SETTINGS, "block_caching")}
+
+
+def read_assignments(words: Sequence[str]) -> dict[str, Any]:
+    """Settings written as `name=value`; "none" takes back one that need not be set.
+
+    Raises:
+        ValueError: a sentence with the word and what is wrong with it.
+    """
+    given = {}
+    for word in words:
+        name, is_assigned, text = word.partition("=")
+        if not is_assigned:
+            raise ValueError(f"a setting is written name=value, got {word!r}")
+        known = [*_SETTINGS, "block_caching"]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"there is no setting {name!r}: {hint}")
+        given[name] = _read_value(name, text)
+    return given
+
+
+def _read_value(name: str, text: str) -> Any:
+    if name == "block_caching":
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"block_caching must be true or false, got {text!r}")
+        return text.lower() == "true"
+    if text.lower() == "none" and getattr(GenerationConfig, name) is None:
+        return None
+    kind = _SETTINGS[name][0]
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {what}, got {text!r}") from None
 
 
 def write_json(value: Any, indent: int | None = 2) -> str:

@@ -12,22 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import elastic_cache
 import torch
+from elastic_cache.batch import Batch
 from elastic_cache.config import GenerationConfig
 from elastic_cache.decoding import Decoder
-from elastic_cache.engine import Request
+from elastic_cache.engine import runner_shape
 from elastic_cache.lab.cells import read_cells
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import RollingRule
+from elastic_cache.policies import make_policy
 from elastic_cache.policies.rolling import RollingPolicy
 from elastic_cache.problems import HELD_OUT_SEED, problems
 from elastic_cache.prompt import encode_prompt
-from elastic_cache.runner import Runner, RunnerShape
+from elastic_cache.runner import Runner
 from rich.progress import track
 
 POLICIES = ("none", "elastic", "rolling")  # they decode the same positions
@@ -79,44 +81,44 @@ class Listener:
         self._decoder = decoder
         self._lesson: Iterator[Decoded] | None = None if lesson is None else iter(lesson)
         self.heard: list[Decoded] = []
-        self.start, self.draw = decoder.start, decoder.draw
+        self.start, self.draw, self.samples = decoder.start, decoder.draw, decoder.samples
 
-    def decode(self, hidden: torch.Tensor, token: torch.Tensor, confidence: torch.Tensor) -> None:
-        self._decoder.decode(hidden, token, confidence)
+    def decode(
+        self,
+        hidden: torch.Tensor,
+        noise: torch.Tensor | None,
+        parts: Sequence[int],
+        token: torch.Tensor,
+        confidence: torch.Tensor,
+    ) -> None:
+        self._decoder.decode(hidden, noise, parts, token, confidence)
         self.heard.append((token.clone(), confidence.clone()))
         if self._lesson is not None:
             for mine, taught in zip((token, confidence), next(self._lesson), strict=True):
                 mine.copy_(taught)
 
 
-class Classroom:
-    """Gives a request its runner, with a listener, and to one of `rolling` the rule."""
-
-    def __init__(self, model: Model, rule: RollingRule, lesson: list[Decoded] | None) -> None:
-        self._model = model
-        self._rule = rule
-        self._lesson = lesson
-
-    def take(self, shape: RunnerShape) -> Runner:
-        if shape.rolling is not None:
-            shape = replace(shape, rolling=self._rule)
-        runner = Runner(self._model, shape, None)
-        self.listener = Listener(runner._decoder, self._lesson)
-        runner._decoder = self.listener
-        return runner
-
-    def give(self, runner: Runner) -> None:
-        pass
-
-
 def decode(
-    model: Model, question: str, settings: GenerationConfig, room: Classroom
+    model: Model,
+    question: str,
+    settings: GenerationConfig,
+    rule: RollingRule,
+    lesson: list[Decoded] | None,
 ) -> list[Decoded]:
-    """What the request decoded in every step; it commits the room's lesson if there is one."""
+    """What the request decoded in every step; it commits the lesson if there is one.
+
+    One of `rolling` chooses its rows by `rule`.
+    """
     prompt = encode_prompt(model, question, settings.gen_length)
-    for _ in Request(model, room, prompt, settings):
+    policy = make_policy(prompt.masked.tolist(), settings, model.config.eos_id)
+    shape = runner_shape(model, policy, settings, len(prompt.ids))
+    if shape.rolling is not None:
+        shape = replace(shape, rolling=rule)
+    runner = Runner(model, shape, None)
+    runner._decoder = listener = Listener(runner._decoder, lesson)
+    for _ in Batch(model, runner, is_alone=True).begin(prompt, settings):
         pass
-    return room.listener.heard
+    return listener.heard
 
 
 def main() -> None:
@@ -137,9 +139,9 @@ def main() -> None:
     model = elastic_cache.load("tiny").model
     counts = {cell.name: Counts() for cell in cells}
     for question, _ in track(problems(HELD_OUT_SEED, options.problems), "problems"):
-        lesson = decode(model, question, full, Classroom(model, rule, None))
+        lesson = decode(model, question, full, rule, None)
         for cell in cells:
-            heard = decode(model, question, cell.settings, Classroom(model, rule, lesson))
+            heard = decode(model, question, cell.settings, rule, lesson)
             for mine, truth in zip(heard, lesson, strict=True):
                 counts[cell.name].add(mine, truth, full.threshold)
     rates = {name: count.rates() for name, count in counts.items()}

@@ -27,13 +27,14 @@ from typing import Any
 import torch
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
+from elastic_cache.graphs import capture_stream
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
 from elastic_cache.policies.elastic import ElasticPolicy
 from elastic_cache.policies.none import NonePolicy
 from elastic_cache.policies.rolling import RollingPolicy
-from elastic_cache.report import Report
-from elastic_cache.runner import Runner, RunnerShape, Start, capacity_for, capture_stream
+from elastic_cache.runner import Runner
+from elastic_cache.shape import RunnerShape, Start, capacity_for
 from harness import DTYPES, num_bytes, stream_rate, synchronise
 from shapes import SHAPES, random_model
 
@@ -64,13 +65,20 @@ class Timing:
 
 
 class BenchRunner(Runner):
-    """A runner whose lists are given and whose verdict may be forced."""
+    """A runner of one sequence whose lists are given and whose verdict may be forced."""
 
     forced_layer: int | None = None
     max_tracked = 12
 
-    def _verdict(self, report: Report) -> int:
-        return super()._verdict(report) if self.forced_layer is None else self.forced_layer
+    def run(self, plan: Plan) -> None:
+        """A whole step, with what its drift test asks for."""
+        self.launch({0: plan})
+        report = self.finish()
+        first = self.forced_layer
+        if first is None:
+            first = int(report.first_full_layer[0])
+        if first < self._depth and not plan.is_full:
+            self.refresh({0: first})
 
     def set_lists(self, num_rows: int) -> Plan:
         """Lists `num_rows` rows of the kinds a step has; decodes the window."""
@@ -78,7 +86,8 @@ class BenchRunner(Runner):
         tracked = min(self.max_tracked, num_rows - window - NUM_COMMITTED)
         lookahead = num_rows - window - NUM_COMMITTED - tracked
         masked = self._state.masked[0].nonzero().flatten()
-        text = (~self._state.masked[0, : self._length]).nonzero().flatten()
+        length = len(self._start_of(0).ids)
+        text = (~self._state.masked[0, :length]).nonzero().flatten()
         chosen = text[torch.randperm(len(text), device=text.device)[: tracked + NUM_COMMITTED]]
         kinds = (chosen[:tracked], chosen[tracked:], masked[: window + lookahead])
         rows, lists = torch.cat([kind.sort().values for kind in kinds]).int(), self._lists
@@ -89,7 +98,6 @@ class BenchRunner(Runner):
             first, first + window, dtype=torch.int32, device=rows.device
         )
         lists.candidates.fill_(-1)[:window] = rows[first : first + window]
-        lists.window_segments.copy_(torch.tensor([[0, 0, 0, window, 0]]))
         return Plan(False, num_rows, window)
 
     def snapshot(self) -> Callable[[], None]:
@@ -115,10 +123,13 @@ def make_runner(
 ) -> BenchRunner:
     """A runner after its full step, a third of the sequence still masked."""
     shape = RunnerShape(
+        num_sequences=1,
         capacity=capacity_for(length, model),
         needs=needs,
         num_candidates=WINDOW,
-        track_num=rolling_rows or 1,
+        track_num=1,
+        num_chosen=rolling_rows,
+        max_rows=length,
         selects_rows=True,
         tests_drift=tests_drift,
         rolling=RollingPolicy.rolling if rolling_rows else None,
@@ -131,9 +142,9 @@ def make_runner(
     masked = torch.arange(length) >= length - length // 3
     ids[masked] = model.config.mask_id
     settings = GenerationConfig(window=WINDOW, gamma=NEVER, gen_length=int(masked.sum()))
-    runner.start(Start(ids, masked, WINDOW, 0, rolling_rows, settings))
-    runner.launch(Plan(True, length, WINDOW))
-    runner.finish()
+    reuses = needs.keys_values
+    runner.start(0, Start(ids, masked, WINDOW, 0, rolling_rows, tests_drift, reuses, settings))
+    runner.run(Plan(True, length, WINDOW))
     return runner
 
 
@@ -159,8 +170,7 @@ def time_steps(cells: list[Cell], length: int, steps: int, device: torch.device)
                 restore()
             synchronise(device)
             begin = time.perf_counter()
-            cell.runner.launch(cell.plan)
-            cell.runner.finish()
+            cell.runner.run(cell.plan)
             if index >= WARM_UP_STEPS:
                 own.append(1e3 * (time.perf_counter() - begin))
     for restore in restores:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from elastic_cache.config import GenerationConfig, ModelConfig
-    from elastic_cache.engine import Engine, Request, load
+    from elastic_cache.engine import Engine, load
     from elastic_cache.errors import ElasticCacheError, NonFiniteLogitsError
+    from elastic_cache.request import Request
     from elastic_cache.types import Generation, Step
 
 __version__ = "0.1.0"
@@ -26,7 +27,7 @@ _HOME = {
     "GenerationConfig": "config",
     "ModelConfig": "config",
     "NonFiniteLogitsError": "errors",
-    "Request": "engine",
+    "Request": "request",
     "Step": "types",
     "load": "engine",
 }

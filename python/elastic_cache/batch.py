@@ -25,6 +25,7 @@ from elastic_cache.config import GenerationConfig, find_settings
 from elastic_cache.errors import NonFiniteLogitsError
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
+from elastic_cache.policies import Policy, make_policy
 from elastic_cache.prompt import Prompt, encode_prompt
 from elastic_cache.report import (
     SEGMENT_WINDOW,
@@ -36,7 +37,6 @@ from elastic_cache.request import Decoded, Request
 from elastic_cache.runner import Runner
 from elastic_cache.shape import Start
 from elastic_cache.types import Message, Step
-
 
 MAX_FULL_ROWS = 512
 """A full pass of 350 positions takes as long as one and a half window passes of LLaDA-8B."""
@@ -87,6 +87,7 @@ class Batch:
         model: the loaded model.
         runner: decodes up to `runner.shape.num_sequences` of them.
         max_full_rows: full passes of a step have at most so many rows, but there is always one.
+        is_alone: the runner was made for a single request, whose steps are its own iterator's.
         give_back: called with the runner when the last request has finished; not after a failure,
             so that whatever went wrong is gone.
     """
@@ -96,11 +97,13 @@ class Batch:
         model: Model,
         runner: Runner,
         max_full_rows: int = MAX_FULL_ROWS,
+        is_alone: bool = False,
         give_back: Callable[[Runner], None] | None = None,
     ) -> None:
         self._model = model
         self._runner = runner
         self._max_full_rows = max_full_rows
+        self._is_alone = is_alone
         self._give_back = give_back
         self._depth = model.config.num_layers
         self._runs_ahead = model.device.type != "cpu"
@@ -140,9 +143,9 @@ class Batch:
         """`add`, of an encoded prompt and validated settings."""
         if not self.num_free:
             raise RuntimeError(f"all {len(self._lanes)} lanes of the batch are taken: step it on")
-        is_alone = len(self._lanes) == 1
-        request = Request(self._model, prompt, settings, self._advance if is_alone else _refuse)
-        self._check(request)
+        advance = self._advance if self._is_alone else _refuse
+        request = Request(self._model, prompt, settings, advance)
+        self._check(request.policy, len(prompt.ids), settings)
         policy, lane = request.policy, self._lanes.index(None)
         self._runner.start(
             lane,
@@ -159,8 +162,17 @@ class Batch:
         )
         # A request that is alone keeps its batch alive, not the other way round: when nobody wants
         # it any more, the memory is free at once.
-        self._lanes[lane] = weakref.proxy(request) if is_alone else request
+        self._lanes[lane] = weakref.proxy(request) if self._is_alone else request
         return request
+
+    def check(self, prompt: Prompt, settings: GenerationConfig) -> None:
+        """Whether a request could be added if a lane were free; looks at nothing that changes.
+
+        Raises:
+            ValueError: a sentence naming the argument and the rule it breaks.
+        """
+        policy = make_policy(prompt.masked.tolist(), settings, self._model.config.eos_id)
+        self._check(policy, len(prompt.ids), settings)
 
     def step(self) -> list[Outcome]:
         """One denoising step of the requests; of some of them none if full passes are waiting.
@@ -319,12 +331,11 @@ class Batch:
         request = self._lanes[lane]
         return 0 if request is None else len(request.prompt.ids)
 
-    def _check(self, request: Request) -> None:
+    def _check(self, policy: Policy, length: int, settings: GenerationConfig) -> None:
         """Whether the runner can decode it."""
-        shape, policy, settings = self._runner.shape, request.policy, request.settings
-        if len(self._lanes) == 1:
-            return  # made for it
-        length, together = len(request.prompt.ids), "requests that are answered together"
+        shape, together = self._runner.shape, "requests that are answered together"
+        if self._is_alone:
+            return
         if not policy.window:
             raise ValueError(
                 f"policy {settings.policy!r} decodes one request at a time: {together} have "
@@ -335,17 +346,18 @@ class Batch:
                 f"the prompt and gen_length make {length} tokens, but {together} have at most "
                 f"{shape.capacity}"
             )
-        limits = [("window", policy.window, shape.num_candidates)]
-        if policy.tests_drift:
-            limits.append(("track_num", settings.track_num, shape.track_num))
-        limits.append(("num_rows", policy.num_rows, shape.num_chosen))
-        for name, value, most in limits:
+        for name, value, most in (
+            ("window", policy.window, shape.num_candidates),
+            ("num_rows", policy.num_rows, shape.num_chosen),
+        ):
             if value > most:
-                raise ValueError(f"{name} is at most {most} for {together}, got {value}")
+                raise ValueError(f"{name} must be at most {most} for {together}, got {value}")
         if policy.tests_drift and settings.track_num != shape.track_num:
-            raise ValueError(f"track_num is {shape.track_num} for {together}")
+            raise ValueError(
+                f"track_num must be {shape.track_num} for {together}, got {settings.track_num}"
+            )
         if policy.lookahead:
-            raise ValueError(f"block_caching is True for {together}")
+            raise ValueError(f"block_caching must be True for {together}")
 
 
 class _Reader:

@@ -21,8 +21,8 @@ from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from elastic_cache.engine import Request
     from elastic_cache.models.weights import Model
+    from elastic_cache.request import Request
     from elastic_cache.types import Generation, Step
 
 _FRAMES_PER_SECOND = 30

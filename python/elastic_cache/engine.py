@@ -125,7 +125,8 @@ class Engine:
         policy = make_policy(encoded.masked.tolist(), config, self.model.config.eos_id)
         shape = runner_shape(self.model, policy, config, len(encoded.ids))
         runner = self._runners.take(shape)
-        return Batch(self.model, runner, give_back=self._runners.give).begin(encoded, config)
+        batch = Batch(self.model, runner, is_alone=True, give_back=self._runners.give)
+        return batch.begin(encoded, config)
 
     def batch(
         self,

@@ -8,7 +8,6 @@ nothing is shared. Between two steps it looks at cancellations, deadlines and th
 from __future__ import annotations
 
 import atexit
-import copy
 import dataclasses
 import logging
 import math
@@ -18,23 +17,22 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from elastic_cache.answer_text import AnswerText
-from elastic_cache.batch import Batch, Outcome
-from elastic_cache.config import GenerationConfig
-from elastic_cache.engine import Engine, Request, find_settings
+from elastic_cache.batch import MAX_FULL_ROWS, Batch, Outcome
+from elastic_cache.config import GenerationConfig, find_settings
+from elastic_cache.engine import Engine
 from elastic_cache.events import Event as Event
 from elastic_cache.events import Failed, Finished, Progress, Started, Timing
-from elastic_cache.policies import make_policy
 from elastic_cache.prompt import Prompt, encode_prompt
+from elastic_cache.request import Request
 from elastic_cache.ticket import Ticket
 from elastic_cache.types import Generation, Message
-
-_SERVED_POLICIES = ("elastic", "none", "rolling")
 
 
 class QueueFullError(Exception):
@@ -76,8 +74,6 @@ class _Job:
     """A request on its way through the service; times are of `time.monotonic`."""
 
     ticket: Ticket
-    prompt: str | Sequence[Message] | Sequence[int] | torch.Tensor
-    settings: dict[str, Any]
     config: GenerationConfig
     encoded: Prompt
     text: AnswerText
@@ -88,15 +84,12 @@ class _Job:
     request: Request | None = None  # from when it runs on
     started: float | None = None
     first_token: float | None = None
-    is_decoded: bool = False  # fully: its next step finishes it
     step_seconds: list[float] = dataclasses.field(default_factory=list)
 
     def stop_reason(self, now: float) -> str | None:
         """Why it ends before the next step, if it does."""
         if self.ticket.is_cancelled:
             return "cancelled"
-        if self.is_decoded:
-            return None
         if now >= self.expires:
             return "deadline"
         return "steps" if len(self.step_seconds) >= self.max_steps else None
@@ -121,17 +114,29 @@ class Service:
         engine: the loaded model; nobody else may use it meanwhile.
         num_lanes: requests answered together, at most.
         max_queue: requests waiting, at most; those that a free lane awaits do not count.
+        max_length, max_full_rows: as of `Engine.batch`.
+
+    Raises:
+        ValueError: a wrong argument, or the GPU has no room for so many lanes.
     """
 
-    def __init__(self, engine: Engine, num_lanes: int = 8, max_queue: int = 64) -> None:
-        if num_lanes < 1:
-            raise ValueError(f"num_lanes must be at least 1, got {num_lanes}")
+    def __init__(
+        self,
+        engine: Engine,
+        num_lanes: int = 8,
+        max_queue: int = 64,
+        max_length: int | None = None,
+        max_full_rows: int = MAX_FULL_ROWS,
+    ) -> None:
         if max_queue < 0:
             raise ValueError(f"max_queue must be at least 0, got {max_queue}")
         self._engine = engine
         self._num_lanes = num_lanes
         self._max_queue = max_queue
-        self._batch: Batch | None = Batch(engine, num_lanes)  # None: the last one broke
+        self._make_batch = partial(engine.batch, num_lanes, max_length, max_full_rows)
+        batch = self._make_batch()
+        self._check = batch.check
+        self._batch: Batch | None = batch  # None: the last one broke
         # Guards what follows. Jobs are moved and counted by the thread alone, new ones excepted.
         self._changed = threading.Condition()
         self._queue: list[_Job] = []  # next one first
@@ -183,16 +188,10 @@ class Service:
         """
         _check_limits(priority, deadline, max_steps)
         config = find_settings(settings)
-        if config.policy not in _SERVED_POLICIES:
-            raise ValueError(
-                f"policy {config.policy!r} decodes one request at a time: "
-                f"serving takes {', '.join(_SERVED_POLICIES)}"
-            )
         model, now = self._engine.model, time.monotonic()
         encoded = encode_prompt(model, prompt, config.gen_length)
-        make_policy(encoded.masked.tolist(), config, model.config.eos_id)
+        self._check(encoded, config)
         text = AnswerText(model, encoded)
-        kept = copy.deepcopy(prompt)  # its owner may change it while it waits
         with self._changed:
             if self._close_at is not None:
                 raise ServiceClosedError("the service is closed and accepts no requests")
@@ -206,8 +205,6 @@ class Service:
             self._num_submitted += 1
             job = _Job(
                 ticket=Ticket(self._on_listen),
-                prompt=kept,
-                settings=settings,
                 config=config,
                 encoded=encoded,
                 text=text,
@@ -322,7 +319,7 @@ class Service:
                 batch = self._lanes()
                 if not batch.num_free:
                     return
-                request = batch.add(job.prompt, **job.settings)
+                request = batch.begin(job.encoded, job.config)
             except Exception as error:
                 self._leave(job, Failed(error))
                 continue
@@ -337,7 +334,7 @@ class Service:
     def _lanes(self) -> Batch:
         """The batch; a new one after a failure, of which only the next request need know."""
         if self._batch is None:
-            self._batch = Batch(self._engine, self._num_lanes)
+            self._batch = self._make_batch()
         return self._batch
 
     def _step(self) -> None:
@@ -361,7 +358,6 @@ class Service:
             job.step_seconds.append(seconds)
             if job.first_token is None and step.committed:
                 job.first_token = now
-            job.is_decoded = step.num_masked == 0
             delta = job.text.add(step)
             job.ticket.put(Progress(delta, job.text.provisional(), step))
         if outcome.error is not None:

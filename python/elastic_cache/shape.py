@@ -92,9 +92,7 @@ def capacity_for(length: int, model: Model) -> int:
 def runner_bytes(model: Model, shape: RunnerShape) -> int:
     """Device memory that a runner's caches and buffers will take."""
     meta = torch.device("meta")
-    cache = Cache(
-        model.config, shape.num_sequences, shape.capacity, shape.needs, meta, model.dtype
-    )
+    cache = Cache(model.config, shape.num_sequences, shape.capacity, shape.needs, meta, model.dtype)
     work = Workspace.allocate(model, work_rows(shape), meta)
     overwritten = OverwrittenRows.allocate(model, max_deferred(model, shape), meta)
     noise = 16 * shape.num_sequences * shape.num_candidates * model.config.vocab_size

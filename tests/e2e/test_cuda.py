@@ -17,14 +17,16 @@ import torch
 from elastic_cache import decoding, forward, reference, runner
 from elastic_cache.config import GenerationConfig
 from elastic_cache.engine import runner_shape
+from elastic_cache.graphs import Graphs
 from elastic_cache.models import load_model
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import Plan
 from elastic_cache.policies import make_policy
 from elastic_cache.problems import problems
 from elastic_cache.prompt import encode_prompt
-from elastic_cache.report import STATUS_MASKED
-from elastic_cache.runner import Graphs, Runner, Start
+from elastic_cache.report import STATUS_MASKED, Report
+from elastic_cache.runner import Runner
+from elastic_cache.shape import Start
 
 from tests.conftest import why_no_cuda
 
@@ -61,7 +63,14 @@ def start(model: Model, question: str, ops: ModuleType) -> tuple[Pupil, Start]:
     policy = make_policy(prompt.masked.tolist(), SETTINGS, model.config.eos_id)
     shape = runner_shape(model, policy, SETTINGS, len(prompt.ids))
     begin = Start(
-        prompt.ids, prompt.masked, policy.window, policy.lookahead, policy.num_rows, SETTINGS
+        ids=prompt.ids,
+        masked=prompt.masked,
+        window=policy.window,
+        lookahead=policy.lookahead,
+        num_rows=policy.num_rows,
+        tests_drift=policy.tests_drift,
+        reuses=True,
+        settings=SETTINGS,
     )
     return Pupil(Runner(model, shape, capture_stream=None), ops), begin
 
@@ -111,27 +120,34 @@ def _pairs(mine: object, theirs: object) -> Iterator[tuple[torch.Tensor, torch.T
         yield tensor, getattr(theirs, name)
 
 
+def run(runner: Runner, plan: Plan) -> tuple[int, Report]:
+    """A step of the only sequence, refreshed if need be: first layer in full mode, report."""
+    runner.launch({0: plan})
+    report = runner.finish()
+    first_full = 0 if plan.is_full else int(report.first_full_layer[0])
+    if first_full < len(report.similarity) and not plan.is_full:
+        report = runner.refresh({0: first_full})
+    return first_full, report
+
+
 @torch.inference_mode()
 def lessons(models: list[tuple[Model, ModuleType]]) -> Iterator[list[tuple[Pupil, int, list]]]:
     """Steps of all models side by side, the first one leading: pupil, first full layer, report."""
     done = 0
     for question in questions():
         started = [start(model, question, ops) for model, ops in models]
-        reports = []
         for pupil, begin in started:
             with using(pupil):
-                reports.append(pupil.runner.start(begin))
-        is_first, length = True, len(started[0][1].ids)
+                pupil.runner.start(0, begin)
+        length, masked = len(started[0][1].ids), started[0][1].masked
+        plan = Plan(True, length, SETTINGS.window)
+        candidates = masked.nonzero().flatten()[: SETTINGS.window].tolist()
         while True:
-            segments = reports[0].segments[0].tolist()
-            plan = Plan(is_first, sum(segments[1:]), segments[3])
-            candidates = reports[0].candidates[: plan.num_candidates].tolist()
-            results = []
-            for index, (pupil, _) in enumerate(started):
+            results, reports = [], []
+            for pupil, _ in started:
                 with using(pupil):
-                    pupil.runner.launch(plan)
-                    first_full, report = pupil.runner.finish()
-                reports[index] = report
+                    first_full, report = run(pupil.runner, plan)
+                reports.append(report)
                 hits = report.is_committed[: len(candidates)].tolist()
                 commits = [
                     (position, token)
@@ -146,9 +162,11 @@ def lessons(models: list[tuple[Model, ModuleType]]) -> Iterator[list[tuple[Pupil
             leader = started[0][0].runner
             for pupil, _ in started[1:]:
                 take_over(pupil.runner, leader, length)
-            is_first = False
             if reports[0].status[0, STATUS_MASKED] == 0:
                 break
+            segments = reports[0].segments[0].tolist()
+            plan = Plan(False, sum(segments[1:]), segments[3])
+            candidates = reports[0].candidates[: plan.num_candidates].tolist()
         if done >= NUM_STEPS:
             return
 
@@ -256,7 +274,7 @@ def test_a_failed_request_leaves_the_engine_usable() -> None:
     next(request)
     next(request)
     with torch.inference_mode():
-        request._runner._forward._cache.layers[0].k[3].fill_(float("nan"))
+        request._advance.__self__._runner._forward._cache.layers[0].k[3].fill_(float("nan"))
     with pytest.raises(elastic_cache.NonFiniteLogitsError, match="not finite"):
         for _ in request:
             pass

@@ -24,7 +24,7 @@ def test_deferred_drift(monkeypatch: pytest.MonkeyPatch, gamma: float) -> None:
     """At gamma 0 no layer fails; at 0.97 most steps refresh some."""
     question = next(question for question, _ in problems(seed=5, count=1))
     expected = decisions(question, gamma)
-    monkeypatch.setattr(runner, "_max_deferred", lambda model, shape: 128)
+    monkeypatch.setattr(runner, "max_deferred", lambda model, shape: 128)
     assert decisions(question, gamma) == expected
     refreshed = [first for first, *_ in expected[1:] if first < 32]  # type: ignore[operator]
     assert bool(refreshed) == (gamma > 0)

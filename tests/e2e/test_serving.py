@@ -272,7 +272,7 @@ def test_a_program_that_forgets_to_close_ends_well() -> None:
         "import elastic_cache\n"
         "from elastic_cache.service import Service\n"
         "service = Service(elastic_cache.load('tiny'))\n"
-        "ticket = service.submit('Ava has 3 pens.', gen_length=2048, policy='none')\n"
+        "ticket = service.submit('Ava has 3 pens.', gen_length=1500, policy='none')\n"
         "print(type(next(ticket.events())).__name__)\n"
     )
     done = subprocess.run(
@@ -289,8 +289,8 @@ def test_a_program_that_forgets_to_close_ends_well() -> None:
         ([5] * 5000, {}, "takes at most 4096"),
         ([5], {"gama": 1}, "there is no setting 'gama': did you mean gamma?"),
         ([5], {"threshold": 2.0}, "threshold must be between 0 and 1"),
-        ([5], {"policy": "dual"}, "policy 'dual' decodes one request at a time: serving takes"),
-        ([5], {"policy": "prefix"}, "elastic, none, rolling"),
+        ([5], {"policy": "dual"}, "policy 'dual' decodes one request at a time"),
+        ([5], {"policy": "prefix"}, "elastic, rolling or none"),
         ([5], {"priority": 0.5}, "priority must be a whole number, got 0.5"),
         ([5], {"deadline": -1}, "deadline must be a number of seconds, at least 0, got -1"),
         ([5], {"deadline": float("nan")}, "deadline must be a number of seconds"),

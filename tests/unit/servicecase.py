@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
@@ -13,8 +14,10 @@ from typing import Any, cast
 import elastic_cache
 import torch
 from elastic_cache.batch import Outcome
+from elastic_cache.config import GenerationConfig
 from elastic_cache.engine import Engine
 from elastic_cache.models.tokenizer import load_tokenizer
+from elastic_cache.prompt import Prompt
 from elastic_cache.service import Event, Failed, Finished, Service, Ticket
 from elastic_cache.types import Generation, Step
 
@@ -45,13 +48,12 @@ class FakeRequest:
         return self._result
 
     def step(self) -> Step | None:
-        if MASK_ID not in self._ids:
-            self.stop("length")
-            return None
         position = self._ids.index(MASK_ID)
         self._ids[position] = self.name
         self._num_steps += 1
         left = self._ids.count(MASK_ID)
+        if not left:
+            self.stop("length")
         return Step(self._num_steps - 1, 0, [position], [self.name], [1.0], [], [], 1, left)
 
     def stop(self, reason: str) -> Generation:
@@ -69,9 +71,9 @@ class Script:
     Attributes:
         before_step: called inside every step, before anything happens: may wait, or raise.
         errors: raised by the request of that name, at its step of that number.
-        added, stepped: names in the order of `add`; those of every step.
+        added, stepped: names in the order of `begin`; those of every step.
         num_made: batches made.
-        refused: names which `add` refuses.
+        refused: names which `begin` refuses.
         broken: raised instead of making a batch, once.
     """
 
@@ -86,9 +88,9 @@ class Script:
 
 
 class FakeBatch:
-    def __init__(self, engine: Any, num_lanes: int) -> None:
-        self._script: Script = engine.script
-        self._tokenizer = engine.model.tokenizer
+    def __init__(self, script: Script, tokenizer: Any, num_lanes: int) -> None:
+        self._script = script
+        self._tokenizer = tokenizer
         self._num_lanes = num_lanes
         self._requests: list[FakeRequest] = []
         if self._script.broken is not None:
@@ -100,11 +102,15 @@ class FakeBatch:
     def num_free(self) -> int:
         return self._num_lanes - len(self._requests)
 
-    def add(self, prompt: Sequence[int], **settings: Any) -> FakeRequest:
+    def check(self, prompt: Prompt, settings: GenerationConfig) -> None:
+        pass
+
+    def begin(self, prompt: Prompt, settings: GenerationConfig) -> FakeRequest:
         assert self.num_free > 0
-        if prompt[0] in self._script.refused:
-            raise ValueError(f"{prompt[0]} is refused")
-        request = FakeRequest(self._tokenizer, prompt, settings)
+        ids = prompt.ids[~prompt.masked].tolist()
+        if ids[0] in self._script.refused:
+            raise ValueError(f"{ids[0]} is refused")
+        request = FakeRequest(self._tokenizer, ids, dataclasses.asdict(settings))
         self._requests.append(request)
         self._script.added.append(request.name)
         return request
@@ -130,7 +136,11 @@ def fake_engine(script: Script) -> Engine:
     tokenizer = load_tokenizer(Path(elastic_cache.__file__).parent / "data/tiny-llada")
     config = SimpleNamespace(eos_id=1, mask_id=MASK_ID, vocab_size=768, max_length=4096)
     model = SimpleNamespace(name="fake", tokenizer=tokenizer, config=config)
-    return cast(Engine, SimpleNamespace(model=model, script=script))
+
+    def batch(num_lanes: int, max_length: int | None, max_full_rows: int) -> FakeBatch:
+        return FakeBatch(script, tokenizer, num_lanes)
+
+    return cast(Engine, SimpleNamespace(model=model, script=script, batch=batch))
 
 
 def ask(service: Service, name: int, gen_length: int = 3, **limits: Any) -> Ticket:

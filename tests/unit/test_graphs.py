@@ -12,7 +12,8 @@ import elastic_cache
 import pytest
 import torch
 from elastic_cache.engine import Engine
-from elastic_cache.runner import BUCKET, MAX_CAPTURED_LENGTHS, Graphs, Runner
+from elastic_cache.graphs import Graphs
+from elastic_cache.runner import BUCKET, MAX_CAPTURED_LENGTHS, Runner
 
 QUESTION = "Ava has 12 apples. Then Ava buys 30 more apples. How many apples does Ava have now?"
 
@@ -33,17 +34,16 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What graphs do from here on."""
     entries: list[str] = []
 
-    def capture(self: Graphs, function: Callable[[], None]) -> Any:
+    def capture(self: Graphs, function: Callable[[], None], stream: object) -> Any:
         entries.append("capture")
         return Recorded(function, entries)
 
     monkeypatch.setattr(Graphs, "_capture", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return entries
 
 
 def make_graphs(most: int | None = None) -> Graphs:
-    stream: Any = None
+    stream: Any = object()
     return Graphs(stream, most)
 
 
@@ -103,12 +103,13 @@ def test_a_full_pass_is_captured_once_per_length(
 ) -> None:
     engine = engine_as_on_a_gpu(monkeypatch, captures=True)
     steps = engine.generate(QUESTION, gen_length=24, policy="none").nfe
-    assert log == ["capture", *["replay"] * (steps - 1)]
+    # A pass, and the selection behind it; both are run once before they are captured.
+    assert log == [*["capture", "replay"] * 2, *["replay"] * 2 * (steps - 2)]
     log.clear()
     steps = engine.generate(QUESTION, gen_length=24, policy="none").nfe
-    assert log == ["replay"] * steps
+    assert log == ["replay"] * 2 * steps
     runner = engine._runners._idle[-1]
-    assert runner._whole_graphs is not None and len(runner._whole_graphs._graphs) == 1
+    assert len(runner._whole_graphs._graphs) == 1
     assert runner._whole_graphs._most == MAX_CAPTURED_LENGTHS
 
 
@@ -117,16 +118,19 @@ def test_only_the_window_pass_of_a_refreshed_step_is_a_graph(
 ) -> None:
     """Layers behind a failed test are launched one by one, and end as a graph of their own."""
     engine = engine_as_on_a_gpu(monkeypatch, captures=True)
-    keys: list[int] = []
+    keys: list[Any] = []
     run = Graphs.run
 
-    def spy(self: Graphs, key: int, function: Callable[[], None]) -> None:
+    def spy(self: Graphs, key: Any, function: Callable[[], None]) -> None:
         keys.append(key)
         run(self, key, function)
 
     monkeypatch.setattr(Graphs, "run", spy)
     out = engine.generate(QUESTION, gen_length=24, gamma=2.0, trace=True)
     assert out.trace is not None
-    length = len(out.ids)
+    first, *rest = keys
+    assert first[:2] == (0, len(out.ids)) and rest.pop(0) == "select"
     windows = [-(-step.num_rows // BUCKET) * BUCKET for step in out.trace[1:]]
-    assert keys == [length, *(key for rows in windows for key in (rows, 0))]
+    assert [key[0] for key in rest[::3]] == windows
+    assert all(key[:2] == ("end", 0) for key in rest[1::3])
+    assert rest[2::3] == ["select"] * len(windows)

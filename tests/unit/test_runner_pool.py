@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import elastic_cache
 import pytest
 import torch
 from elastic_cache import engine as engine_module
 from elastic_cache.engine import Engine
 from elastic_cache.memory import SCRATCH_BYTES
+from elastic_cache.request import Request
+from elastic_cache.runner import Runner
 
 QUESTION = [5, 6, 7, 8]
+LONG_QUESTION = "Ben has 5 pens. Then Ben finds 8 more pens. How many pens does Ben have now?"
+"""Not answered in one step."""
+
+
+def runner_of(request: Request) -> Runner:
+    return request._advance.__self__._runner
 
 
 @pytest.fixture
@@ -21,9 +32,9 @@ def test_a_finished_request_lends_its_runner_to_the_next_of_its_shape(engine: En
     first = engine.stream(QUESTION, gen_length=12)
     list(first)
     second = engine.stream(QUESTION, gen_length=12)
-    assert second._runner is first._runner
-    assert engine.stream(QUESTION, gen_length=12)._runner is not first._runner
-    assert engine.stream(QUESTION, gen_length=13)._runner is not first._runner
+    assert runner_of(second) is runner_of(first)
+    assert runner_of(engine.stream(QUESTION, gen_length=12)) is not runner_of(first)
+    assert runner_of(engine.stream(QUESTION, gen_length=13)) is not runner_of(first)
 
 
 def test_a_runner_that_was_used_before_gives_the_same_answer(engine: Engine) -> None:
@@ -35,9 +46,22 @@ def test_a_runner_that_was_used_before_gives_the_same_answer(engine: Engine) -> 
 
 
 def test_an_abandoned_request_keeps_its_runner(engine: Engine) -> None:
-    abandoned = engine.stream(QUESTION, gen_length=12)
+    abandoned = engine.stream(LONG_QUESTION, gen_length=12)
     next(abandoned)
-    assert engine.stream(QUESTION, gen_length=12)._runner is not abandoned._runner
+    assert runner_of(engine.stream(LONG_QUESTION, gen_length=12)) is not runner_of(abandoned)
+
+
+def test_an_abandoned_request_frees_its_memory_at_once(engine: Engine) -> None:
+    """Without waiting for the garbage collector, which does not know how large a runner is."""
+    abandoned = engine.stream(LONG_QUESTION, gen_length=12)
+    next(abandoned)
+    runner = weakref.ref(runner_of(abandoned))
+    gc.disable()
+    try:
+        del abandoned
+        assert runner() is None
+    finally:
+        gc.enable()
 
 
 def test_idle_runners_go_when_the_gpu_has_no_room(

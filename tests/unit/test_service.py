@@ -93,7 +93,7 @@ def test_a_request_from_submission_to_its_end(start: Any, engine: Any, script: S
     end = ticket.result()
     assert end is events[-1] and end.is_complete
     assert end.delta == "" and end.generation.text == letter * 4
-    assert end.generation.settings == {"gen_length": 4}
+    assert end.generation.settings["gen_length"] == 4
     assert list(ticket.events()) == []
     assert script.added == [A]
 
@@ -106,7 +106,7 @@ def test_lanes_are_shared_and_joined_between_steps(start: Any, gate: Gate, scrip
     gate.open()
     for inbox in (first, second, third):
         assert inbox.finished().is_complete
-    assert script.stepped == [[A], [A, B], [A, B], [A, C], [C]]
+    assert script.stepped == [[A], [A, B], [A, C]]
     assert script.num_made == 1
 
 
@@ -248,8 +248,6 @@ def test_timing(start: Any, gate: Gate, clock: Clock) -> None:
     second = Inbox(ask(service, B, gen_length=4))
     clock.now += 1.0
     gate.open(1)
-    gate.wait()
-    gate.open(1)  # finds that the first is finished
     for seconds in (3.0, 4.0, 2.0, 7.0):
         gate.wait()
         clock.now += seconds

@@ -29,7 +29,8 @@ from elastic_cache.config import GenerationConfig
 if TYPE_CHECKING:
     from types import FrameType
 
-    from elastic_cache.engine import Engine, Request
+    from elastic_cache.engine import Engine
+    from elastic_cache.request import Request
     from elastic_cache.types import Generation
 
 _PROMPT = "> "

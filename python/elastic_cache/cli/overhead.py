@@ -31,8 +31,9 @@ from torch.autograd.profiler import record_function
 from torch.autograd.profiler_legacy import profile
 
 from elastic_cache.config import GenerationConfig
-from elastic_cache.engine import Engine, Request
+from elastic_cache.engine import Engine
 from elastic_cache.models.weights import LayerWeights, Model, ModelWeights, rope_table
+from elastic_cache.request import Request
 
 _NUM_RUNS = 5
 _NUM_STEPS = 24

@@ -29,6 +29,7 @@ from elastic_cache.config import GenerationConfig, find_settings
 from elastic_cache.engine import Engine
 from elastic_cache.events import Event as Event
 from elastic_cache.events import Failed, Finished, Progress, Started, Timing
+from elastic_cache.native import release_workers
 from elastic_cache.prompt import Prompt, encode_prompt
 from elastic_cache.request import Request
 from elastic_cache.ticket import Ticket
@@ -147,6 +148,7 @@ class Service:
         self._num_submitted = 0
         self._close_at: float | None = None  # closed; what runs has until then
         self._has_ended = False
+        release_workers()  # of who loaded the model: from now on another thread computes
         # A daemon: the interpreter waits for others before it calls what would end them.
         self._thread = threading.Thread(target=self._run, name="elastic_cache.service", daemon=True)
         self._thread.start()

@@ -1,4 +1,4 @@
-"""A sequence's steps do not depend on who else is in the batch: every bit, in float32 on the CPU."""
+"""A sequence's steps do not depend on the others in the batch: every bit, in float32 on a CPU."""
 
 from __future__ import annotations
 

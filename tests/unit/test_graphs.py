@@ -13,7 +13,9 @@ import pytest
 import torch
 from elastic_cache.engine import Engine
 from elastic_cache.graphs import Graphs
+from elastic_cache.request import Request
 from elastic_cache.runner import BUCKET, MAX_CAPTURED_LENGTHS, Runner
+from elastic_cache.types import Step
 
 QUESTION = "Ava has 12 apples. Then Ava buys 30 more apples. How many apples does Ava have now?"
 
@@ -134,3 +136,43 @@ def test_only_the_window_pass_of_a_refreshed_step_is_a_graph(
     assert [key[0] for key in rest[::3]] == windows
     assert all(key[:2] == ("end", 0) for key in rest[1::3])
     assert rest[2::3] == ["select"] * len(windows)
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_a_batch_as_on_a_gpu_gives_the_steps_of_requests_alone(
+    captures: bool, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded rows and candidates, graphs, and the next step launched before events are read."""
+    kinds: list[dict[str, Any]] = [
+        dict(),
+        dict(policy="rolling", num_rows=32),
+        dict(policy="none"),
+        dict(gamma=0.99),
+        dict(temperature=0.7, seed=1),
+        dict(policy="rolling", num_rows=40, temperature=0.7, seed=2),
+        dict(gamma=2.0, window=8),
+        dict(policy="rolling", window=20),
+    ]
+    asked = [(f"{QUESTION} {'Think twice. ' * (i % 3)}", kind) for i, kind in enumerate(kinds)]
+    # In the vendor's product a row may depend on how many there are.
+    monkeypatch.setattr(torch, "mm", lambda a, b: torch.stack([row @ b for row in a]))
+    engine = engine_as_on_a_gpu(monkeypatch, captures=captures)
+    alone = [engine.generate(text, gen_length=32, trace=True, **kind) for text, kind in asked]
+    log.clear()
+    batch = engine.batch(3, max_length=160, max_full_rows=300)
+    batch._runs_ahead = True
+    steps: dict[Request, list[Step]] = {}
+    order: list[Request] = []
+    while len(order) < len(asked) or batch.requests:
+        while len(order) < len(asked) and batch.num_free:
+            text, kind = asked[len(order)]
+            order.append(batch.add(text, gen_length=32, **kind))
+            steps[order[-1]] = []
+        for outcome in batch.step():
+            assert outcome.step is not None and outcome.error is None
+            steps[outcome.request].append(outcome.step)
+    for request, expected in zip(order, alone, strict=True):
+        assert expected.trace is not None
+        assert torch.equal(request.result.ids, expected.ids)
+        assert steps[request] == expected.trace
+    assert (log.count("replay") > 20) == captures

@@ -19,6 +19,7 @@ export PATH := $(dir $(PYTHON)):$(PATH)
 
 # One stamp per python, so that changing the environment installs into the new one.
 INSTALLED := build/setup$(PYTHON)/installed
+RUNTIME := build/setup$(PYTHON)/runtime
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_SOURCES := $(filter csrc/cuda/%.cu,$(SOURCES))
 
@@ -28,7 +29,7 @@ gives away 17 apples. How many apples does Sam have now?
 .PHONY: demo test lint format clean check-cuda sanitize
 .DELETE_ON_ERROR:
 
-demo: $(INSTALLED)
+demo: $(RUNTIME)
 	elastic-cache generate --model tiny --prompt "$(DEMO_PROMPT)"
 
 test: $(INSTALLED)
@@ -56,9 +57,17 @@ clean:
 # --- set-up ----------------------------------------------------------------------------------
 # Without build isolation, because the operators must be built with the torch they run with.
 # torch is pinned where it is installed here: an open requirement pulls gigabytes of CUDA packages.
-$(INSTALLED): $(SOURCES) $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/torch-installed)
+TORCH := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/torch-installed)
+
+$(INSTALLED): $(SOURCES) $(TORCH)
 	python -m pip install --quiet setuptools wheel ninja
 	python -m pip install --quiet --no-build-isolation -e ".[test]"
+	@mkdir -p $(@D) && touch $@ $(RUNTIME)
+
+# Without what only tests need, which is a hundred packages.
+$(RUNTIME): $(SOURCES) $(TORCH)
+	python -m pip install --quiet setuptools wheel ninja
+	python -m pip install --quiet --no-build-isolation -e .
 	@mkdir -p $(@D) && touch $@
 
 $(VENV)/torch-installed:

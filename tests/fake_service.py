@@ -99,6 +99,8 @@ class FakeService(Service):
     refusal: what `submit` raises.
     """
 
+    max_length = 4096
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.tickets: list[FakeTicket] = []

@@ -119,6 +119,11 @@ class Batch:
         return self._lanes.count(None)
 
     @property
+    def max_length(self) -> int:
+        """Tokens of a request, prompt and gen_length together, at most."""
+        return self._runner.shape.capacity
+
+    @property
     def requests(self) -> Sequence[Request]:
         """Those being answered."""
         return tuple(request for request in self._lanes if request is not None)

@@ -117,6 +117,9 @@ class Service:
         max_queue: requests waiting, at most; those that a free lane awaits do not count.
         max_length, max_full_rows: as of `Engine.batch`.
 
+    Attributes:
+        max_length: tokens of a request, prompt and gen_length together, at most.
+
     Raises:
         ValueError: a wrong argument, or the GPU has no room for so many lanes.
     """
@@ -137,6 +140,7 @@ class Service:
         self._make_batch = partial(engine.batch, num_lanes, max_length, max_full_rows)
         batch = self._make_batch()
         self._check = batch.check
+        self.max_length = batch.max_length
         self._batch: Batch | None = batch  # None: the last one broke
         # Guards what follows. Jobs are moved and counted by the thread alone, new ones excepted.
         self._changed = threading.Condition()

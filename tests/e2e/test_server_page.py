@@ -155,7 +155,7 @@ def test_what_the_model_writes_stays_text(page: Page, service: FakeService) -> N
 def test_refusals_are_shown(page: Page, service: FakeService) -> None:
     page.fill("#gen_length", "9999")
     ask(page)
-    expect(page.locator("#alert")).to_contain_text("the model takes at most 4096")
+    expect(page.locator("#alert")).to_contain_text("at most 4096 are answered")
     page.fill("#gen_length", "")
     service.fails_at = 1
     ask(page)

@@ -34,7 +34,9 @@ def add_command(commands: Any) -> None:
         ("--concurrency", 8, "N", "requests answered together"),
         ("--max-queue", 64, "N", "requests waiting; more are refused"),
         ("--max-body", 1 << 18, "BYTES", "size of a request"),
-        ("--max-prompt", None, "TOKENS", "length of a prompt (default: the model's)"),
+        ("--max-prompt", None, "TOKENS", "length of a prompt (default: --max-length)"),
+        ("--max-length", None, "TOKENS", "prompt and answer together (default: 2048, or the "
+         "model's)"),
     )
     for flag, default, metavar, text in counts:
         told = "" if default is None else f" (default {default})"
@@ -74,8 +76,8 @@ def run(options: argparse.Namespace) -> int:
     bound = bind(options.host, options.port)  # a taken port is told before a model is loaded
     engine = load(options.model, device=options.device, dtype=options.dtype)
     server_options = ServerOptions(settings, key, options.max_body, options.max_prompt)
-    service = Service(engine, options.concurrency, options.max_queue)
-    _try_out(service, settings, engine.model.config.max_length)
+    service = Service(engine, options.concurrency, options.max_queue, options.max_length)
+    _try_out(service, settings)
     app = create_app(service, engine.model, server_options)
     log_to_stderr()
     port = bound.getsockname()[1]
@@ -100,10 +102,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("api-key must not be empty; leave it out to let everyone in")
 
 
-def _try_out(service: Service, settings: dict[str, Any], max_length: int) -> None:
+def _try_out(service: Service, settings: dict[str, Any]) -> None:
     """One step with the default settings: what refuses them does so before anyone asks, and the
     first who asks need not wait for what only a first step does."""
-    room = min(settings["gen_length"], max_length - 1)
+    room = min(settings["gen_length"], service.max_length - 1)
     service.submit([0], max_steps=1, **(settings | {"gen_length": room})).result()
 
 

@@ -96,7 +96,7 @@ class ServerOptions:
         defaults: generation settings of requests that do not give them.
         api_key: what clients must send; None lets everyone in.
         max_body: bytes of a request's body, at most.
-        max_prompt: tokens of a prompt, at most; None for as many as the model takes.
+        max_prompt: tokens of a prompt, at most; None for as many as the service takes.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -208,7 +208,8 @@ class Server:
         self.metrics = Metrics(service.stats)
         self._model, self._tokenizer = model, model.tokenizer
         self._defaults = {name: getattr(settings, name) for name in _SETTINGS}
-        self._max_prompt = min(options.max_prompt or config.max_length, config.max_length)
+        self._max_length = service.max_length
+        self._max_prompt = min(options.max_prompt or self._max_length, self._max_length)
         # A folder's place on this machine is nobody's business; a hub id keeps its owner.
         name = Path(model.name).name if Path(model.name).is_dir() else model.name
         self.card: ModelCard = {
@@ -219,7 +220,7 @@ class Server:
             "elastic_cache": {
                 "policies": list(SERVED_POLICIES),
                 "defaults": {name: _writable(value) for name, value in self._defaults.items()},
-                "max_length": config.max_length,
+                "max_length": self._max_length,
                 "max_prompt": self._max_prompt,
                 "num_layers": config.num_layers,
                 "mask_id": config.mask_id,
@@ -258,7 +259,7 @@ class Server:
         self, body: Fields, writer: Writer, request: Request, encode: Callable[[], torch.Tensor]
     ) -> Response:
         self.check_model(body.model)
-        settings = body.settings(self._defaults, self._model.config.max_length)
+        settings = body.settings(self._defaults, self._max_length)
         record = request.state.record
         # A long prompt takes a second to encode, in which this thread has others to answer.
         ticket, num_tokens, gen_length = await asyncio.to_thread(
@@ -300,20 +301,19 @@ class Server:
 
     def _gen_length(self, num_tokens: int, given: int | None) -> int:
         """Tokens of the answer: as asked for, or the default as far as there is room."""
-        longest = self._model.config.max_length
         if num_tokens > self._max_prompt:
             raise ApiError(
                 400,
                 f"the prompt must be at most {self._max_prompt} tokens long, got {num_tokens}",
                 code="context_length_exceeded",
             )
-        room = longest - num_tokens
+        room = self._max_length - num_tokens
         wanted = min(self._defaults["gen_length"], room) if given is None else given
         if wanted > room or (given is None and room == 0):
             raise ApiError(
                 400,
                 f"the prompt of {num_tokens} tokens and gen_length {wanted} make "
-                f"{num_tokens + wanted} tokens, but the model takes at most {longest}",
+                f"{num_tokens + wanted} tokens, but at most {self._max_length} are answered",
                 code="context_length_exceeded",
             )
         return wanted

@@ -150,7 +150,7 @@ class Fields(BaseModel):
         """The settings asked for over the server's; gen_length only if the request has it.
 
         Args:
-            max_length: tokens that the model takes, the bound of every count.
+            max_length: tokens that a request may have, the bound of every count.
         """
         for name in ("stream_options", "stream_steps"):
             if getattr(self, name) and not self.stream:

@@ -5,6 +5,7 @@
 // that the exponential is a bare 2^x; lse is converted back to base e at the end.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -14,6 +15,7 @@ namespace elastic_cache {
 
 inline constexpr double kLn2 = 0.69314718055994530942;
 inline constexpr int64_t kMaxVectors = 6;  // of lanes, per task
+inline constexpr int64_t kMaxHeads = 4;    // of keys and values, per task
 // Scores and values of a block, queries and outputs stay in a 32 KB first-level cache at D = 32.
 inline constexpr int64_t kBlockKeys = 48;
 // Of one element of a score and of an output, softmax included: what decides on going parallel.
@@ -39,7 +41,7 @@ HeadCache<T> head_cache(const Params& p, int64_t sequence, int64_t kv_head) {
           stride, num_keys, p.head_dim};
 }
 
-// Memory of one thread; lanes of the query and the output are as many as the task has.
+// Memory of one head of a task; lanes of the query and the output are as many as the task has.
 struct SweepBuffers {
   float* query;   // [D, lanes]
   float* output;  // [D, lanes]
@@ -49,16 +51,32 @@ struct SweepBuffers {
   Float8 max[kMaxVectors];
   Float8 sum[kMaxVectors];
 
-  static int64_t size(int64_t dim) {
-    return (2 * dim + kBlockKeys) * kMaxVectors * kLanes + 2 * round_up(kBlockKeys * dim, 16);
+  // Of `own` memory, of `shared` memory, which is for what a block needs, and of a whole task.
+  static int64_t own_size(int64_t dim) { return 2 * dim * kMaxVectors * kLanes; }
+  static int64_t shared_size(int64_t dim) {
+    return kBlockKeys * kMaxVectors * kLanes + 2 * round_up(kBlockKeys * dim, 16);
   }
-  SweepBuffers(float* memory, int64_t dim)
-      : query(memory),
+  static int64_t size(int64_t dim) { return kMaxHeads * own_size(dim) + shared_size(dim); }
+
+  SweepBuffers() = default;
+  SweepBuffers(float* own, float* shared, int64_t dim)
+      : query(own),
         output(query + dim * kMaxVectors * kLanes),
-        keys(output + dim * kMaxVectors * kLanes),
+        keys(shared),
         values(keys + round_up(kBlockKeys * dim, 16)),
         scores(values + round_up(kBlockKeys * dim, 16)) {}
 };
+
+// Of all heads of a task, in SweepBuffers::size floats.
+inline std::array<SweepBuffers, kMaxHeads> task_buffers(float* memory, int64_t dim) {
+  std::array<SweepBuffers, kMaxHeads> buffers;
+  float* shared = memory + kMaxHeads * SweepBuffers::own_size(dim);
+  for (SweepBuffers& b : buffers) {
+    b = SweepBuffers(memory, shared, dim);
+    memory += SweepBuffers::own_size(dim);
+  }
+  return buffers;
+}
 
 // scores -> 2^(scores - max); `rescale` is what earlier blocks have to be multiplied with.
 template <int NV>
@@ -86,42 +104,65 @@ void update_softmax(const LaneRows& scores, int64_t num_keys, SweepBuffers& stat
   }
 }
 
-// Sweeps NV vectors of lanes, whose queries are packed in w.query, over all keys; the first
-// `num_outputs` of them get outputs, none: values are not read. `block_scores(begin)` says where
-// the scores of the block from key `begin` on go, `scored(begin, n)` may change them,
-// `weighted(begin)` sees w.max after them.
-template <int NV, class T, class Lanes>
-void sweep_keys(const HeadCache<T>& c, int64_t num_outputs, SweepBuffers& w, const Lanes& lanes) {
-  constexpr int64_t kWidth = NV * kLanes;
+template <int NV>
+void begin_sweep(SweepBuffers& w, int64_t dim) {
   for (int v = 0; v < NV; ++v) {
     w.max[v] = splat(-std::numeric_limits<float>::infinity());
     w.sum[v] = Float8{};
   }
-  std::fill(w.output, w.output + c.dim * kWidth, 0.0f);
-  for (int64_t begin = 0; begin < c.num_keys; begin += kBlockKeys) {
-    const int64_t n = std::min(kBlockKeys, c.num_keys - begin), next = begin + n;
-    const LaneRows scores = lanes.block_scores(begin);
-    RowPrefetch<T> values(c.values + begin * c.stride, c.stride, num_outputs == 0 ? 0 : n, c.dim);
-    const Operand k = rows_operand(c.keys + begin * c.stride, c.stride, n, c.dim, w.keys);
-    lane_product<NV>({w.query, kWidth}, k, c.dim, n, nullptr, scores,
-                     [&](int64_t count) { values.next(count); });
-    values.rest();
-    lanes.scored(begin, n, scores);
-    Float8 rescale[NV];
-    update_softmax<NV>(scores, n, w, rescale);
-    lanes.weighted(begin);
-    if (num_outputs == 0) continue;
-    copy_rows(c.values + begin * c.stride, c.stride, n, c.dim, w.values);
-    const int64_t num_next = std::min(kBlockKeys, c.num_keys - next);
-    const int64_t share = (num_next + c.dim - 1) / c.dim;
-    RowPrefetch<T> keys(c.keys + next * c.stride, c.stride, num_next, c.dim);
-    with_vectors(num_outputs, [&](auto vectors) {
-      if constexpr (vectors() <= NV) {
-        lane_product<vectors()>(scores, {w.values, c.dim, 1}, n, c.dim, rescale, {w.output, kWidth},
-                                [&](int64_t count) { keys.next(count * share); });
-      }
-    });
+  std::fill(w.output, w.output + dim * NV * kLanes, 0.0f);
+}
+
+// Sweeps NV vectors of lanes, whose queries are packed in w.query, over the block of keys from
+// `begin` on; the first `num_outputs` of them get outputs, none: values are not read.
+// `block_scores(begin)` says where the scores of the block go, `scored(begin, n)` may change them,
+// `weighted(begin)` sees w.max after them.
+template <int NV, class T, class Lanes>
+void sweep_block(const HeadCache<T>& c, int64_t begin, int64_t num_outputs, SweepBuffers& w,
+                 const Lanes& lanes) {
+  constexpr int64_t kWidth = NV * kLanes;
+  const int64_t n = std::min(kBlockKeys, c.num_keys - begin), next = begin + n;
+  const LaneRows scores = lanes.block_scores(begin);
+  RowPrefetch<T> values(c.values + begin * c.stride, c.stride, num_outputs == 0 ? 0 : n, c.dim);
+  const Operand k = rows_operand(c.keys + begin * c.stride, c.stride, n, c.dim, w.keys);
+  lane_product<NV>({w.query, kWidth}, k, c.dim, n, nullptr, scores,
+                   [&](int64_t count) { values.next(count); });
+  values.rest();
+  lanes.scored(begin, n, scores);
+  Float8 rescale[NV];
+  update_softmax<NV>(scores, n, w, rescale);
+  lanes.weighted(begin);
+  if (num_outputs == 0) return;
+  copy_rows(c.values + begin * c.stride, c.stride, n, c.dim, w.values);
+  const int64_t num_next = std::min(kBlockKeys, c.num_keys - next);
+  const int64_t share = (num_next + c.dim - 1) / c.dim;
+  RowPrefetch<T> keys(c.keys + next * c.stride, c.stride, num_next, c.dim);
+  with_vectors(num_outputs, [&](auto vectors) {
+    if constexpr (vectors() <= NV) {
+      lane_product<vectors()>(scores, {w.values, c.dim, 1}, n, c.dim, rescale, {w.output, kWidth},
+                              [&](int64_t count) { keys.next(count * share); });
+    }
+  });
+}
+
+// All keys of some heads of one sequence: block by block, and in each head by head, so that the
+// cache is read as it lies in memory.
+template <int NV, class T, class Lanes>
+void sweep_heads(int64_t num_heads, const HeadCache<T>* cache, int64_t num_outputs, SweepBuffers* w,
+                 const Lanes* lanes) {
+  for (int64_t h = 0; h < num_heads; ++h) begin_sweep<NV>(w[h], cache[h].dim);
+  for (int64_t begin = 0; begin < cache[0].num_keys; begin += kBlockKeys) {
+    for (int64_t h = 0; h < num_heads; ++h) {
+      sweep_block<NV>(cache[h], begin, num_outputs, w[h], lanes[h]);
+    }
   }
+}
+
+// Key/value heads that a task sweeps together: as many as leave a task for every thread.
+inline int64_t heads_per_task(int64_t num_chunks, int64_t num_heads) {
+  int64_t heads = std::min(kMaxHeads, num_heads);
+  while (heads > 1 && num_chunks * (num_heads / heads) < max_threads()) --heads;
+  return heads;
 }
 
 // Lane `lane` of a swept task -> its row of out and its lse.

@@ -128,7 +128,8 @@ class AttendTask {
         weights_{w.weights + kv_head * q.num_keys * q.width() + first_, q.width()},
         factors_{w.factors + kv_head * q.num_blocks() * q.width() + first_, q.width()} {}
 
-  void run() const;
+  void pack() const;
+  void finish() const;
 
   // The steps of a sweep.
   LaneRows block_scores(int64_t begin) const {
@@ -140,8 +141,6 @@ class AttendTask {
   }
 
  private:
-  void pack() const;
-  void finish() const;
   void store_lanes(const Float8* from, float* to) const {
     for (int64_t v = 0; v < width_ / kLanes; ++v) store8(to + v * kLanes, from[v]);
   }
@@ -218,14 +217,27 @@ void AttendTask<T>::finish() const {
   }
 }
 
+// Heads `first` .. `last` - 1, vectors begin .. end - 1 of their lanes.
 template <class T>
-void AttendTask<T>::run() const {
-  pack();
-  const auto cache = head_cache<T>(p_, q_.index, kv_head_);
-  const int64_t num_outputs = p_.out == nullptr ? 0 : round_up(num_new_, kLanes) / kLanes;
-  with_vectors(width_ / kLanes,
-               [&](auto vectors) { sweep_keys<vectors()>(cache, num_outputs, b_, *this); });
-  finish();
+void attend(const DriftAttentionParams& p, const Sequence& q, const Workspace& w, int64_t first,
+            int64_t last, int64_t begin, int64_t end, float* memory) {
+  auto buffers = task_buffers(memory, p.head_dim);
+  std::array<HeadCache<T>, kMaxHeads> cache;
+  std::vector<AttendTask<T>> heads;
+  heads.reserve(kMaxHeads);
+  for (int64_t h = first; h < last; ++h) {
+    const auto at = static_cast<size_t>(h - first);
+    cache[at] = head_cache<T>(p, q.index, h);
+    heads.emplace_back(p, q, w, h, begin, end, buffers[at]);
+    heads.back().pack();
+  }
+  const int64_t num_new =
+      std::clamp<int64_t>(q.num_new - begin * kLanes, 0, (end - begin) * kLanes);
+  const int64_t num_outputs = p.out == nullptr ? 0 : round_up(num_new, kLanes) / kLanes;
+  with_vectors(end - begin, [&](auto vectors) {
+    sweep_heads<vectors()>(last - first, cache.data(), num_outputs, buffers.data(), heads.data());
+  });
+  for (const AttendTask<T>& head : heads) head.finish();
 }
 
 // Probabilities of one key, or of eight lanes of it.
@@ -302,17 +314,18 @@ void compare_block(const DriftAttentionParams& p, const Sequence& q, const Works
 // Both phases of one sequence; called by every thread of a parallel region, or by one alone.
 template <class T>
 void run_sequence(const DriftAttentionParams& p, const Sequence& q, const Workspace& w,
-                  SweepBuffers& b) {
+                  float* memory) {
   // More tasks of fewer lanes, if it takes that to give every thread one.
-  const int64_t vectors = q.num_vectors();
+  const int64_t vectors = q.num_vectors(), num_heads = p.num_kv_heads;
   int64_t chunks = (vectors + kMaxVectors - 1) / kMaxVectors;
-  while (chunks < vectors && p.num_kv_heads * chunks < max_threads()) ++chunks;
+  while (chunks < vectors && num_heads * chunks < max_threads()) ++chunks;
+  const int64_t per_task = std::max<int64_t>(heads_per_task(chunks, num_heads), 1);
+  const int64_t groups = (num_heads + per_task - 1) / per_task;
 #pragma omp for schedule(static)
-  for (int64_t task = 0; task < p.num_kv_heads * chunks; ++task) {
-    const int64_t chunk = task % chunks;
-    AttendTask<T>(p, q, w, task / chunks, vectors * chunk / chunks, vectors * (chunk + 1) / chunks,
-                  b)
-        .run();
+  for (int64_t task = 0; task < groups * chunks; ++task) {
+    const int64_t chunk = task % chunks, first = task / chunks * per_task;
+    attend<T>(p, q, w, first, std::min(first + per_task, num_heads), vectors * chunk / chunks,
+              vectors * (chunk + 1) / chunks, memory);
   }
 #pragma omp for schedule(static)
   for (int64_t block = 0; block < q.num_blocks(); ++block) compare_block(p, q, w, block);
@@ -356,8 +369,8 @@ void run(const DriftAttentionParams& p, const std::vector<Sequence>& sequences) 
   const Workspace w{scratch.data(), scratch.data() + factors, cosines.data()};
 #pragma omp parallel if (is_worth_sharing(sizes.nanoseconds))
   {
-    SweepBuffers b(scratch.data() + own + thread_index() * size, p.head_dim);
-    for (const Sequence& q : sequences) run_sequence<T>(p, q, w, b);
+    float* memory = scratch.data() + own + thread_index() * size;
+    for (const Sequence& q : sequences) run_sequence<T>(p, q, w, memory);
   }
 }
 

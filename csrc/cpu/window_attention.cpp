@@ -1,7 +1,8 @@
-// A task is one key/value head and up to 48 lanes of one sequence, swept over the keys
+// A task is up to four key/value heads and 48 lanes of one sequence, swept over the keys
 // (attention_sweep.h); lanes are the (row, query head) pairs that share the key/value head.
 #include "elastic_cache/window_attention.h"
 
+#include <array>
 #include <vector>
 
 #include "attention_sweep.h"
@@ -32,35 +33,72 @@ struct PassingScores {
   void weighted(int64_t) const {}
 };
 
-template <class T>
-void run_task(const WindowAttentionParams& p, const Chunk& chunk, int64_t kv_head,
-              SweepBuffers& w) {
-  const int64_t dim = p.head_dim, group = p.num_heads / p.num_kv_heads;
-  const int64_t num_lanes = chunk.end - chunk.begin;
-  const int64_t num_vectors = round_up(num_lanes, kLanes) / kLanes, lanes = num_vectors * kLanes;
-  // Lane -> offset of its row and head in a [rows, H] array.
-  const auto offset = [&](int64_t lane, int64_t row) {
-    return row * p.num_heads + kv_head * group + (chunk.begin + lane) % group;
-  };
-  const auto row_of = [&](int64_t lane) {
-    return int64_t{chunk.run[(chunk.begin + lane) / group]};
-  };
+// Up to kMaxHeads key/value heads of a task.
+struct Heads {
+  int64_t begin;
+  int64_t end;
+};
 
-  const auto cache = head_cache<T>(p, chunk.sequence, kv_head);
-  std::fill(w.query, w.query + dim * lanes, 0.0f);
-  const T* queries = static_cast<const T*>(p.q_cache);
-  const auto factor = static_cast<float>(p.scale / kLn2);
-  for (int64_t lane = 0; lane < num_lanes; ++lane) {
-    const T* query = queries + offset(lane, p.rows[row_of(lane)]) * dim;
-    pack_query(query, factor, dim, lanes, w.query + lane);
+// The lanes of one head of a task.
+template <class T>
+class HeadLanes {
+ public:
+  HeadLanes(const WindowAttentionParams& p, const Chunk& chunk, int64_t kv_head)
+      : p_(p),
+        chunk_(chunk),
+        kv_head_(kv_head),
+        group_(p.num_heads / p.num_kv_heads),
+        width_(round_up(chunk.end - chunk.begin, kLanes)) {}
+
+  void pack(float* to) const {
+    std::fill(to, to + p_.head_dim * width_, 0.0f);
+    const T* queries = static_cast<const T*>(p_.q_cache);
+    const auto factor = static_cast<float>(p_.scale / kLn2);
+    for (int64_t lane = 0; lane < chunk_.end - chunk_.begin; ++lane) {
+      const T* query = queries + offset(lane, p_.rows[row_of(lane)]) * p_.head_dim;
+      pack_query(query, factor, p_.head_dim, width_, to + lane);
+    }
+  }
+
+  void write(const SweepBuffers& w, bool has_keys) const {
+    for (int64_t lane = 0; lane < chunk_.end - chunk_.begin; ++lane) {
+      const int64_t at = offset(lane, row_of(lane));
+      write_lane(w, lane, width_, p_.head_dim, has_keys, static_cast<T*>(p_.out) + at * p_.head_dim,
+                 p_.lse + at);
+    }
+  }
+
+ private:
+  // Lane -> offset of its row and head in a [rows, H] array.
+  int64_t offset(int64_t lane, int64_t row) const {
+    return row * p_.num_heads + kv_head_ * group_ + (chunk_.begin + lane) % group_;
+  }
+  int64_t row_of(int64_t lane) const { return chunk_.run[(chunk_.begin + lane) / group_]; }
+
+  const WindowAttentionParams& p_;
+  const Chunk& chunk_;
+  int64_t kv_head_;
+  int64_t group_;
+  int64_t width_;
+};
+
+template <class T>
+void run_task(const WindowAttentionParams& p, const Chunk& chunk, Heads heads, float* memory) {
+  const int64_t num_heads = heads.end - heads.begin, dim = p.head_dim;
+  const int64_t num_vectors = round_up(chunk.end - chunk.begin, kLanes) / kLanes;
+  auto w = task_buffers(memory, dim);
+  std::array<HeadCache<T>, kMaxHeads> cache;
+  std::array<PassingScores, kMaxHeads> scores;
+  for (int64_t h = 0; h < num_heads; ++h) {
+    cache[h] = head_cache<T>(p, chunk.sequence, heads.begin + h);
+    scores[h] = {{w[h].scores, num_vectors * kLanes}};
+    HeadLanes<T>(p, chunk, heads.begin + h).pack(w[h].query);
   }
   with_vectors(num_vectors, [&](auto vectors) {
-    sweep_keys<vectors()>(cache, vectors(), w, PassingScores{{w.scores, lanes}});
+    sweep_heads<vectors()>(num_heads, cache.data(), vectors(), w.data(), scores.data());
   });
-  for (int64_t lane = 0; lane < num_lanes; ++lane) {
-    const int64_t at = offset(lane, row_of(lane));
-    write_lane(w, lane, lanes, dim, cache.num_keys > 0, static_cast<T*>(p.out) + at * dim,
-               p.lse + at);
+  for (int64_t h = 0; h < num_heads; ++h) {
+    HeadLanes<T>(p, chunk, heads.begin + h).write(w[h], cache[h].num_keys > 0);
   }
 }
 
@@ -87,8 +125,8 @@ Plan make_plan(const WindowAttentionParams& p) {
     while (end < num_valid && sequence_of(end) == sequence) ++end;
     const int64_t lanes = (end - begin) * group;
     for (int64_t lane = 0; lane < lanes; lane += max_lanes) {
-      plan.chunks.push_back({plan.valid_rows.data() + begin, sequence, lane,
-                             std::min(lane + max_lanes, lanes)});
+      plan.chunks.push_back(
+          {plan.valid_rows.data() + begin, sequence, lane, std::min(lane + max_lanes, lanes)});
     }
     const int32_t* range = p.key_range + 2 * sequence;
     plan.num_scores += static_cast<double>(lanes) * std::max(range[1] - range[0], 0);
@@ -101,22 +139,22 @@ Plan make_plan(const WindowAttentionParams& p) {
 void window_attention_cpu(const WindowAttentionParams& params) {
   const Plan plan = make_plan(params);
   const auto num_chunks = static_cast<int64_t>(plan.chunks.size());
-  const int64_t num_tasks = params.num_kv_heads * num_chunks, dim = params.head_dim;
-  const double work = kNanosecondsPerScoreElement * plan.num_scores *
-                      static_cast<double>(params.num_kv_heads * dim);
+  const int64_t dim = params.head_dim, num_kv_heads = params.num_kv_heads;
+  const int64_t per_task = heads_per_task(num_chunks, num_kv_heads);
+  const int64_t num_groups = per_task == 0 ? 0 : (num_kv_heads + per_task - 1) / per_task;
+  const double work =
+      kNanosecondsPerScoreElement * plan.num_scores * static_cast<double>(num_kv_heads * dim);
   const int64_t size = SweepBuffers::size(dim);
   const Scratch scratch(size * max_threads());
   with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     clear_skipped_rows<T>(params);
-#pragma omp parallel if (is_worth_sharing(work))
-    {
-      SweepBuffers w(scratch.data() + thread_index() * size, dim);
-#pragma omp for schedule(static)
-      for (int64_t task = 0; task < num_tasks; ++task) {
-        const Chunk& chunk = plan.chunks[static_cast<size_t>(task % num_chunks)];
-        run_task<T>(params, chunk, task / num_chunks, w);
-      }
+#pragma omp parallel for schedule(static) if (is_worth_sharing(work))
+    for (int64_t task = 0; task < num_chunks * num_groups; ++task) {
+      const int64_t first = task % num_groups * per_task;
+      const Heads heads{first, std::min(first + per_task, num_kv_heads)};
+      run_task<T>(params, plan.chunks[static_cast<size_t>(task / num_groups)], heads,
+                  scratch.data() + thread_index() * size);
     }
   });
 }

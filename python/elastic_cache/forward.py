@@ -143,7 +143,7 @@ class Forward:
         with _attention_kernels(slots.device):
             for index in range(first, len(self._layers)):
                 self._project_qkv(index, slots, work, None, None, None, is_first=index == first)
-                attention = self._attend_all(index, begin, end)
+                attention = self._attend_all(index, slots, state, work)
                 self._finish_layer(self._layers[index], attention, work)
         if drift is not None:
             # torch's attention keeps no weights.
@@ -171,15 +171,23 @@ class Forward:
         tokens = state.tokens.view(-1).index_select(0, rows.clamp(min=0))
         torch.index_select(self._weights.embedding, 0, tokens, out=work.residual)
 
-    def _attend_all(self, index: int, begin: int, end: int) -> torch.Tensor:
-        """Attention of every position over every position, [T, H * D], by torch."""
-        cached = self._cache.layers[index]
+    def _attend_all(
+        self, index: int, slots: torch.Tensor, state: DecodeState, work: Workspace
+    ) -> torch.Tensor:
+        """Attention of a sequence's positions over all of them, [T, H * D]: on a GPU torch's."""
+        if slots.device.type == "cpu":
+            self._attend(index, slots, state, work.attention, work.lse)
+            return work.attention_flat
+        cached, length = self._cache.layers[index], len(slots)
+        begin = slots.storage_offset()  # slots are begin, begin + 1, ...
         # [N, H, D] -> [1, H, T, D]
-        q, k, v = (t[begin:end].transpose(0, 1)[None] for t in (cached.q, cached.k, cached.v))
+        q, k, v = (
+            t[begin : begin + length].transpose(0, 1)[None] for t in (cached.q, cached.k, cached.v)
+        )
         out = F.scaled_dot_product_attention(
             q, k, v, scale=self._scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out[0].transpose(0, 1).reshape(end - begin, -1)
+        return out[0].transpose(0, 1).reshape(length, -1)
 
     def _store_input(self, index: int, rows: torch.Tensor, work: Workspace) -> None:
         """Adds the previous layer's output and stores the sum: where the full layers start."""

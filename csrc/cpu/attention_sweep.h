@@ -159,9 +159,9 @@ void sweep_heads(int64_t num_heads, const HeadCache<T>* cache, int64_t num_outpu
 }
 
 // Key/value heads that a task sweeps together: as many as leave a task for every thread.
-inline int64_t heads_per_task(int64_t num_chunks, int64_t num_heads) {
+inline int64_t heads_per_task(int64_t num_chunks, int64_t num_heads, int64_t num_threads) {
   int64_t heads = std::min(kMaxHeads, num_heads);
-  while (heads > 1 && num_chunks * (num_heads / heads) < max_threads()) --heads;
+  while (heads > 1 && num_chunks * (num_heads / heads) < num_threads) --heads;
   return heads;
 }
 

@@ -311,31 +311,40 @@ void compare_block(const DriftAttentionParams& p, const Sequence& q, const Works
   w.cosines[block] = sum(total);
 }
 
+// f(i) for i in [0, n): by all threads of the parallel region, or by the calling one.
+template <class F>
+void share(bool is_alone, int64_t n, const F& f) {
+  if (is_alone) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
 // Both phases of one sequence; called by every thread of a parallel region, or by one alone.
 template <class T>
 void run_sequence(const DriftAttentionParams& p, const Sequence& q, const Workspace& w,
-                  float* memory) {
+                  float* memory, bool is_alone) {
   // More tasks of fewer lanes, if it takes that to give every thread one.
   const int64_t vectors = q.num_vectors(), num_heads = p.num_kv_heads;
+  const int64_t threads = is_alone ? 1 : max_threads();
   int64_t chunks = (vectors + kMaxVectors - 1) / kMaxVectors;
-  while (chunks < vectors && num_heads * chunks < max_threads()) ++chunks;
-  const int64_t per_task = std::max<int64_t>(heads_per_task(chunks, num_heads), 1);
+  while (chunks < vectors && num_heads * chunks < threads) ++chunks;
+  const int64_t per_task = std::max<int64_t>(heads_per_task(chunks, num_heads, threads), 1);
   const int64_t groups = (num_heads + per_task - 1) / per_task;
-#pragma omp for schedule(static)
-  for (int64_t task = 0; task < groups * chunks; ++task) {
+  share(is_alone, groups * chunks, [&](int64_t task) {
     const int64_t chunk = task % chunks, first = task / chunks * per_task;
     attend<T>(p, q, w, first, std::min(first + per_task, num_heads), vectors * chunk / chunks,
               vectors * (chunk + 1) / chunks, memory);
-  }
-#pragma omp for schedule(static)
-  for (int64_t block = 0; block < q.num_blocks(); ++block) compare_block(p, q, w, block);
-#pragma omp single
-  {
+  });
+  share(is_alone, q.num_blocks(), [&](int64_t block) { compare_block(p, q, w, block); });
+  share(is_alone, 1, [&](int64_t) {
     double total = 0.0;
     for (int64_t block = 0; block < q.num_blocks(); ++block) total += w.cosines[block];
     const int64_t count = q.num_tracked * q.num_keys;
     p.similarity[q.index] = count == 0 ? double{kInfinity} : total / static_cast<double>(count);
-  }
+  });
 }
 
 // Scratch large enough for any of the sequences.
@@ -358,19 +367,36 @@ Sizes measure(const DriftAttentionParams& p, const std::vector<Sequence>& sequen
   return sizes;
 }
 
+// Sequence by sequence with all threads; or a thread for each, which then finds the weights of one
+// in its own cache and waits for nobody, if there are enough of them.
 template <class T>
 void run(const DriftAttentionParams& p, const std::vector<Sequence>& sequences) {
   const Sizes sizes = measure(p, sequences);
-  const int64_t factors = round_up(sizes.weights, 16), own = factors + round_up(sizes.factors, 16);
-  const int64_t size = SweepBuffers::size(p.head_dim);
+  const auto count = static_cast<int64_t>(sequences.size());
+  const bool is_alone = max_threads() == 1 || count >= 2 * max_threads();
+  const int64_t factors = round_up(sizes.weights, 16);
   // Eight lanes are read where fewer are meant: from the end of the factors, into the buffers.
-  const Scratch scratch(own + size * max_threads());
-  std::vector<double> cosines(static_cast<size_t>(sizes.blocks));
-  const Workspace w{scratch.data(), scratch.data() + factors, cosines.data()};
+  const int64_t own = factors + round_up(sizes.factors, 16);
+  const int64_t task = SweepBuffers::size(p.head_dim), copies = is_alone ? max_threads() : 1;
+  const Scratch scratch(own * copies + task * max_threads());
+  std::vector<double> cosines(static_cast<size_t>(sizes.blocks * copies));
+  const auto workspace = [&](int64_t copy) {
+    float* memory = scratch.data() + own * copy;
+    return Workspace{memory, memory + factors, cosines.data() + sizes.blocks * copy};
+  };
 #pragma omp parallel if (is_worth_sharing(sizes.nanoseconds))
   {
-    float* memory = scratch.data() + own + thread_index() * size;
-    for (const Sequence& q : sequences) run_sequence<T>(p, q, w, memory);
+    float* memory = scratch.data() + own * copies + thread_index() * task;
+    const Workspace w = workspace(is_alone ? thread_index() : 0);
+    const auto run_one = [&](int64_t i) {
+      run_sequence<T>(p, sequences[static_cast<size_t>(i)], w, memory, is_alone);
+    };
+    if (is_alone) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i) run_one(i);
+    } else {
+      for (int64_t i = 0; i < count; ++i) run_one(i);
+    }
   }
 }
 

@@ -140,7 +140,7 @@ void window_attention_cpu(const WindowAttentionParams& params) {
   const Plan plan = make_plan(params);
   const auto num_chunks = static_cast<int64_t>(plan.chunks.size());
   const int64_t dim = params.head_dim, num_kv_heads = params.num_kv_heads;
-  const int64_t per_task = heads_per_task(num_chunks, num_kv_heads);
+  const int64_t per_task = heads_per_task(num_chunks, num_kv_heads, max_threads());
   const int64_t num_groups = per_task == 0 ? 0 : (num_kv_heads + per_task - 1) / per_task;
   const double work =
       kNanosecondsPerScoreElement * plan.num_scores * static_cast<double>(num_kv_heads * dim);

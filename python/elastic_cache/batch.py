@@ -110,7 +110,12 @@ class Batch:
         self._lanes: list[Request | None] = [None] * runner.shape.num_sequences
         self._launched: dict[int, _Launched] = {}
         self._held: dict[int, _Failed] = {}  # until a later step refreshes them
-        self._report: Report | None = None
+        # Who runs a full pass in this step, what is left of its rows, and when anybody last did.
+        self._turn: set[int] = set()
+        self._rows_left = max_full_rows
+        self._full_at = [0] * len(self._lanes)
+        self._num_launched = 0
+        self._reader: _Reader | None = None  # of the last report
         self._is_stale = False  # rows are listed of a sequence that was stopped
 
     @property
@@ -168,6 +173,7 @@ class Batch:
         # A request that is alone keeps its batch alive, not the other way round: when nobody wants
         # it any more, the memory is free at once.
         self._lanes[lane] = weakref.proxy(request) if self._is_alone else request
+        self._full_at[lane] = self._num_launched
         return request
 
     def check(self, prompt: Prompt, settings: GenerationConfig) -> None:
@@ -184,21 +190,19 @@ class Batch:
 
         A request that fails leaves; the others go on.
         """
-        outcomes = [] if self._launched else self._launch()
-        report = self._report
-        if self._launched:
-            report = self._runner.finish()
+        outcomes = [] if self._launched or self._turn else self._launch()
+        report = self._runner.finish() if self._launched else None
         refreshed, report = self._refresh(report)
-        if report is None:
-            return outcomes
-        self._report, launched, self._launched = report, self._launched, {}
-        reader = _Reader(report, self._runner.shape.capacity)
-        for lane, done in launched.items():
-            similarity = reader.similarity(lane, 0 if done.plan.is_full else self._depth)
-            outcomes.append(self._settle(lane, reader, done, self._depth, similarity))
-        for lane, failed in refreshed.items():
-            done = replace(failed.launched, begin=self._runner.full_begin(lane))
-            outcomes.append(self._settle(lane, reader, done, failed.first_full, failed.similarity))
+        launched, self._launched, self._turn = self._launched, {}, set()
+        if report is not None:
+            self._reader = reader = _Reader(report, self._runner.shape.capacity)
+            for lane, done in launched.items():
+                similarity = reader.similarity(lane, 0 if done.plan.is_full else self._depth)
+                outcomes.append(self._settle(lane, reader, done, self._depth, similarity))
+            for lane, failed in refreshed.items():
+                done, first = failed.launched, failed.first_full
+                done = replace(done, begin=self._runner.full_begin(lane))
+                outcomes.append(self._settle(lane, reader, done, first, failed.similarity))
         if self._runs_ahead:
             outcomes += self._launch()
         if self._give_back is not None and not self.requests:
@@ -219,36 +223,48 @@ class Batch:
         """Enqueues the next step of everyone who can take part; who has nothing to decode is
         over."""
         if self._is_stale:
-            self._report = self._runner.select()
+            self._reader = _Reader(self._runner.select(), self._runner.shape.capacity)
             self._is_stale = False
-        outcomes: list[Outcome] = []
+        reader, outcomes = self._reader, []
         plans: dict[int, Plan] = {}
-        reader = None
-        if self._report is not None:
-            reader = _Reader(self._report, self._runner.shape.capacity)
-        budget = self._max_full_rows - sum(
-            len(request.prompt.ids) for lane, request in self._taken() if lane in self._held
-        )
         for lane, request in self._taken():
             if lane in self._held:
                 continue
             counts = (0, 0) if reader is None else reader.counts(lane)
             plan = request.policy.plan(*counts)
-            if plan is None:
-                self._leave(lane)
-                request.finish()
-                outcomes.append(Outcome(request, None))
+            if plan is not None:
+                plans[lane] = plan
                 continue
-            length = len(request.prompt.ids)
-            if plan.is_full:
-                is_first = budget == self._max_full_rows
-                if budget < length and not is_first:
-                    continue
-                budget -= length
-            plans[lane] = plan
+            self._leave(lane)
+            request.finish()
+            outcomes.append(Outcome(request, None))
+        full = [lane for lane, plan in plans.items() if plan.is_full]
+        self._take_turns(full)
+        plans = {
+            lane: plan for lane, plan in plans.items() if lane in self._turn or not plan.is_full
+        }
         self._runner.launch(plans)
         self._launched = {lane: self._remember(lane, plan, reader) for lane, plan in plans.items()}
         return outcomes
+
+    def _take_turns(self, full: Sequence[int]) -> None:
+        """Decides who of `full` and of those held runs a full pass in this step: whoever has
+        waited longest for one, as many as may be."""
+        self._num_launched += 1
+        self._turn, self._rows_left = set(), self._max_full_rows
+        for lane in sorted([*self._held, *full], key=lambda lane: self._full_at[lane]):
+            if not self._may_run_full(lane):
+                break
+            self._run_full(lane)
+
+    def _may_run_full(self, lane: int) -> bool:
+        return not self._turn or self._length(lane) <= self._rows_left
+
+    def _run_full(self, lane: int) -> None:
+        """Counts a full pass."""
+        self._turn.add(lane)
+        self._rows_left -= self._length(lane)
+        self._full_at[lane] = self._num_launched
 
     def _remember(self, lane: int, plan: Plan, reader: _Reader | None) -> _Launched:
         request, begin = self._lanes[lane], 0
@@ -276,13 +292,9 @@ class Batch:
                 if not launched.plan.is_full and first < self._depth:
                     similarity = report.similarity[:first, lane].tolist()
                     failed[lane] = _Failed(launched, first, similarity)
-        budget, refreshed = self._max_full_rows, {}
-        for lane, launched in self._launched.items():
-            budget -= self._length(lane) if launched.plan.is_full else 0
-        for lane, failure in failed.items():
-            if budget >= self._length(lane) or budget == self._max_full_rows:
-                budget -= self._length(lane)
-                refreshed[lane] = failure
+                    if self._may_run_full(lane):
+                        self._run_full(lane)
+        refreshed = {lane: failure for lane, failure in failed.items() if lane in self._turn}
         newly_held = [lane for lane in failed if lane not in refreshed and lane not in self._held]
         self._held = {lane: kept for lane, kept in failed.items() if lane not in refreshed}
         for lane in failed:

@@ -102,6 +102,25 @@ def test_full_passes_of_a_step_are_bounded(engine: Engine) -> None:
         assert sum(bool(crowd.steps[request]) for request in requests) == count
 
 
+def test_who_has_waited_longest_for_a_full_pass_is_next(engine: Engine) -> None:
+    """One full pass a step, for two requests that need nothing else, one that is refreshed in every
+    step, and one that joins: none of them waits for another to end."""
+    crowd = Crowd(engine.batch(4, max_length=300, max_full_rows=1))
+    kinds: list[dict[str, Any]] = [dict(policy="none"), dict(policy="none"), dict(gamma=2.0)]
+    requests = [
+        crowd.add(question, dict(gen_length=96, **kind))
+        for question, kind in zip(QUESTIONS, kinds, strict=False)
+    ]
+    for _ in range(9):
+        crowd.step()
+    assert [len(crowd.steps[request]) for request in requests] == [3, 3, 3]
+    requests.append(crowd.add(QUESTIONS[3], dict(gen_length=96)))
+    for _ in range(4):
+        crowd.step()
+    assert len(crowd.steps[requests[3]]) >= 1
+    assert [len(crowd.steps[request]) for request in requests[:3]] == [4, 4, 4]
+
+
 def test_a_request_without_probabilities_fails_alone(engine: Engine) -> None:
     asked = [(question, dict(gen_length=48)) for question in QUESTIONS[:3]]
     alone = [engine.generate(question, trace=True, **given) for question, given in asked]

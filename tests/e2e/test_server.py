@@ -385,7 +385,7 @@ def test_second_signal_ends_at_once() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--policy", "dual"], ["policy 'dual'", "elastic, none, rolling"]),
+        (["--policy", "dual"], ["policy 'dual'", "elastic, rolling or none"]),
         (["--port", "70000"], ["port must be between 0 and 65535, got 70000"]),
         (["--host", "192.0.2.1"], ["cannot listen at 192.0.2.1 port 0"]),
         (["--concurrency", "0"], ["concurrency must be at least 1, got 0"]),

@@ -88,6 +88,8 @@ class Script:
 
 
 class FakeBatch:
+    max_length = 4096
+
     def __init__(self, script: Script, tokenizer: Any, num_lanes: int) -> None:
         self._script = script
         self._tokenizer = tokenizer

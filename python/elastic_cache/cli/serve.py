@@ -35,8 +35,12 @@ def add_command(commands: Any) -> None:
         ("--max-queue", 64, "N", "requests waiting; more are refused"),
         ("--max-body", 1 << 18, "BYTES", "size of a request"),
         ("--max-prompt", None, "TOKENS", "length of a prompt (default: --max-length)"),
-        ("--max-length", None, "TOKENS", "prompt and answer together (default: 2048, or the "
-         "model's)"),
+        (
+            "--max-length",
+            None,
+            "TOKENS",
+            "prompt and answer together (default: 2048, or the model's)",
+        ),
     )
     for flag, default, metavar, text in counts:
         told = "" if default is None else f" (default {default})"

@@ -139,7 +139,6 @@ class Service:
         self._max_queue = max_queue
         self._make_batch = partial(engine.batch, num_lanes, max_length, max_full_rows)
         batch = self._make_batch()
-        self._check = batch.check
         self.max_length = batch.max_length
         self._batch: Batch | None = batch  # None: the last one broke
         # Guards what follows. Jobs are moved and counted by the thread alone, new ones excepted.
@@ -196,7 +195,9 @@ class Service:
         config = find_settings(settings)
         model, now = self._engine.model, time.monotonic()
         encoded = encode_prompt(model, prompt, config.gen_length)
-        self._check(encoded, config)
+        batch = self._batch
+        if batch is not None:  # else whoever makes the next one will tell
+            batch.check(encoded, config)
         text = AnswerText(model, encoded)
         with self._changed:
             if self._close_at is not None:
@@ -277,6 +278,7 @@ class Service:
                     self._step()
             except Exception as error:
                 self._fail(error)
+        self._batch = None  # its memory, whoever still holds the service
 
     def _wait(self) -> bool:
         """Waits for something to do; False when nothing can come any more."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import queue
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -315,3 +317,13 @@ def test_wrong_sizes_are_refused(engine: Engine, sizes: dict[str, int]) -> None:
     ((name, value),) = sizes.items()
     with pytest.raises(ValueError, match=f"{name} must be at least {value + 1}, got {value}"):
         Service(engine, **sizes)
+
+
+def test_a_closed_service_holds_no_memory(engine: Engine) -> None:
+    service = Service(engine, num_lanes=2, max_length=256)
+    service.submit(QUESTIONS[0], gen_length=16).result()
+    assert service._batch is not None
+    runner = weakref.ref(service._batch._runner)
+    service.close()
+    gc.collect()
+    assert runner() is None

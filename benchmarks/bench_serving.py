@@ -31,7 +31,8 @@ from typing import Any
 from elastic_cache.cli import options as shared
 from elastic_cache.cli.bench import environment, load_engine
 from elastic_cache.cli.table import format_table
-from elastic_cache.engine import Engine
+from elastic_cache.device import find_device
+from elastic_cache.engine import Engine, find_dtype
 from elastic_cache.lab.cells import Cell, read_cells
 from elastic_cache.models.inflate import SHAPES as INFLATED
 from elastic_cache.problems import HELD_OUT_SEED, problems
@@ -49,6 +50,7 @@ from serving_load import (
     quantile,
 )
 from serving_soak import soak
+from shapes import SHAPES, random_model
 
 HEADER = (
     "policy", "batch", "tokens/s", "x batch 1", "requests/s", "queue s p50/95/99",
@@ -309,10 +311,6 @@ def make_engine(options: argparse.Namespace) -> Engine | None:
         return None
     if options.shape is None:
         return load_engine(options)
-    from elastic_cache.device import find_device
-    from elastic_cache.engine import find_dtype
-    from shapes import SHAPES, random_model
-
     if options.shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {options.shape!r}")
     device, dtype = find_device(options.device), find_dtype(options.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,15 @@ def find_settings(given: dict[str, Any]) -> GenerationConfig:
     known = [field.name for field in dataclasses.fields(GenerationConfig)]
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"there is no setting {name!r}: {hint}")
+            raise ValueError(f"there is no setting {name!r}: {hint(name, known)}")
     return GenerationConfig(**given)
+
+
+def hint(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """What a user who wrote `name` may have meant; if nothing is close `otherwise`, or all that is
+    known."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are {', '.join(names)}" if otherwise is None else otherwise

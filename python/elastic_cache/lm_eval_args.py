@@ -8,12 +8,11 @@ and do not mean the same; see `read_arguments`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_cache.config import GenerationConfig
+from elastic_cache.config import GenerationConfig, hint
 
 _MODEL_NAMES = ("model", "pretrained", "model_path")
 _LLADA_DIST_MARKS = ("model_path", "use_cache", "dual_cache")
@@ -96,9 +95,8 @@ def read_arguments(given: Mapping[str, Any]) -> Arguments:
 def _check_name(name: str) -> None:
     if name in _KNOWN:
         return
-    close = difflib.get_close_matches(name, _KNOWN, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_KNOWN)}"
-    raise ValueError(f"model_args has {name!r}, which is no argument of this model: {hint}")
+    known = hint(name, _KNOWN)
+    raise ValueError(f"model_args has {name!r}, which is no argument of this model: {known}")
 
 
 def _refuse_unsupported(given: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ it ends the program as well as the answer; and what was refused makes the exit c
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import signal
 import sys
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from elastic_cache.cli import EXIT_ERROR, USER_ERRORS, sentence
 from elastic_cache.cli import options as shared
 from elastic_cache.cli.table import format_fields
-from elastic_cache.config import GenerationConfig
+from elastic_cache.config import GenerationConfig, hint
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -50,8 +49,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    settings = {"policy": options.policy, **shared.read_settings(options)}
-    GenerationConfig(**settings)  # refuses wrong values before a model is loaded
+    settings = shared.read_request(options)
     if sys.stdin is None:
         raise ValueError("chat reads questions from standard input, which is closed")
     from elastic_cache.engine import load
@@ -157,9 +155,7 @@ class Chat:
     def _obey(self, line: str) -> None:
         name, *words = line.split()
         if name not in _COMMANDS:
-            close = difflib.get_close_matches(name, _COMMANDS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_COMMANDS)}"
-            raise ValueError(f"there is no command {name!r}: {hint}")
+            raise ValueError(f"there is no command {name!r}: {hint(name, _COMMANDS)}")
         command = _COMMANDS[name]
         if words and not command.arguments:
             raise ValueError(f"{name} stands alone on its line, got {' '.join(words)!r} after it")

@@ -8,7 +8,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from elastic_cache.cli import options as shared
-from elastic_cache.config import GenerationConfig
 
 if TYPE_CHECKING:
     from elastic_cache.types import Generation
@@ -31,8 +30,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    settings = {"policy": options.policy, **shared.read_settings(options)}
-    GenerationConfig(**settings)  # refuses wrong values before a model is loaded
+    settings = shared.read_request(options)
     prompt = read_prompt(options.prompt)
     from elastic_cache.engine import load
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from elastic_cache.config import POLICIES, GenerationConfig
+from elastic_cache.config import POLICIES, GenerationConfig, hint
 
 # setting -> (type, metavar, help); the defaults are GenerationConfig's.
 _SETTINGS: dict[str, tuple[type, str, str]] = {
@@ -71,6 +70,17 @@ def read_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in (*_SETTINGS, "block_caching")}
 
 
+def read_request(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings and the policy given on the command line, checked before a model is loaded.
+
+    Raises:
+        ValueError: a sentence naming the argument and the rule it breaks.
+    """
+    settings = {"policy": options.policy, **read_settings(options)}
+    GenerationConfig(**settings)
+    return settings
+
+
 def read_assignments(words: Sequence[str]) -> dict[str, Any]:
     """Settings written as `name=value`; "none" takes back one that need not be set.
 
@@ -84,9 +94,7 @@ def read_assignments(words: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"a setting is written name=value, got {word!r}")
         known = [*_SETTINGS, "block_caching"]
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"there is no setting {name!r}: {hint}")
+            raise ValueError(f"there is no setting {name!r}: {hint(name, known)}")
         given[name] = _read_value(name, text)
     return given
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_cache import env
 from elastic_cache.cli import options as shared
-from elastic_cache.config import GenerationConfig
 
 if TYPE_CHECKING:
     from elastic_cache.service import Service
@@ -58,8 +57,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    settings = {"policy": options.policy, **shared.read_settings(options)}
-    GenerationConfig(**settings)  # refuses wrong values before a model is loaded
+    settings = shared.read_request(options)
     _check(options)
     key = options.api_key or env.read_api_key()
     try:

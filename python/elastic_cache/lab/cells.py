@@ -6,11 +6,10 @@ A cell is written `policy[:setting=value]...`: `elastic:gamma=0.95`, `fast-dllm:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from elastic_cache.config import GenerationConfig
+from elastic_cache.config import GenerationConfig, hint
 
 FAST_DLLM = "fast-dllm"
 MODES = ("none", "prefix", "dual")
@@ -93,9 +92,9 @@ def _read_cell(name: str, given: dict[str, Any]) -> Cell:
         if not is_assigned:
             raise ValueError(f"{name!r}: after a colon comes setting=value, got {part!r}")
         if setting not in types or setting == "policy":
-            close = difflib.get_close_matches(setting, types, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(types)}"
-            raise ValueError(f"{name!r}: {policy} has no setting {setting!r}: {hint}")
+            raise ValueError(
+                f"{name!r}: {policy} has no setting {setting!r}: {hint(setting, types)}"
+            )
         values[setting] = _value(name, setting, value, types[setting])
     known = {setting: value for setting, value in values.items() if setting in types}
     return Cell(name, kind(**known))

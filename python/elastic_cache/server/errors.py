@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from elastic_cache.config import GenerationConfig
+from elastic_cache.config import GenerationConfig, hint
 
 MAX_SHOWN = 80
 """Characters of a wrong value that an error shows."""
@@ -131,6 +130,4 @@ def _name(path: Sequence[Any]) -> str:
 
 
 def _unknown(name: str, last: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(last, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else "docs/serving.md lists the fields"
-    return f"there is no field {name}: {hint}"
+    return f"there is no field {name}: {hint(last, known, 'docs/serving.md lists the fields')}"

@@ -116,7 +116,7 @@ def decode(
         shape = replace(shape, rolling=rule)
     runner = Runner(model, shape, None)
     runner._decoder = listener = Listener(runner._decoder, lesson)
-    for _ in Batch(model, runner, is_alone=True).begin(prompt, settings):
+    for _ in Batch(model, runner, is_alone=True).begin(prompt, settings, policy):
         pass
     return listener.heard
 

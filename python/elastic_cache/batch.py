@@ -147,43 +147,57 @@ class Batch:
             RuntimeError: every lane is taken.
         """
         config = find_settings(settings)
-        return self.begin(encode_prompt(self._model, prompt, config.gen_length), config)
+        encoded = encode_prompt(self._model, prompt, config.gen_length)
+        policy = make_policy(encoded.masked.tolist(), config, self._model.config.eos_id)
+        return self.begin(encoded, config, policy)
 
-    def begin(self, prompt: Prompt, settings: GenerationConfig) -> Request:
-        """`add`, of an encoded prompt and validated settings."""
+    def begin(self, prompt: Prompt, settings: GenerationConfig, policy: Policy) -> Request:
+        """`add`, of an encoded prompt, validated settings and their policy, not yet asked."""
         if not self.num_free:
             raise RuntimeError(f"all {len(self._lanes)} lanes of the batch are taken: step it on")
+        self.check(prompt, settings, policy)
         advance = self._advance if self._is_alone else _refuse
-        request = Request(self._model, prompt, settings, advance)
-        self._check(request.policy, len(prompt.ids), settings)
-        policy, lane = request.policy, self._lanes.index(None)
-        self._runner.start(
-            lane,
-            Start(
-                ids=prompt.ids,
-                masked=prompt.masked,
-                window=policy.window,
-                lookahead=policy.lookahead,
-                num_rows=policy.num_rows,
-                tests_drift=policy.tests_drift,
-                reuses=policy.needs.keys_values,
-                settings=settings,
-            ),
-        )
+        request = Request(self._model, prompt, settings, policy, advance)
+        lane = self._lanes.index(None)
+        self._runner.start(lane, make_start(prompt, settings, policy))
         # A request that is alone keeps its batch alive, not the other way round: when nobody wants
         # it any more, the memory is free at once.
         self._lanes[lane] = weakref.proxy(request) if self._is_alone else request
         self._full_at[lane] = self._num_launched
         return request
 
-    def check(self, prompt: Prompt, settings: GenerationConfig) -> None:
-        """Whether a request could be added if a lane were free; looks at nothing that changes.
+    def check(self, prompt: Prompt, settings: GenerationConfig, policy: Policy) -> None:
+        """Whether a request could begin if a lane were free; looks at nothing that changes.
 
         Raises:
             ValueError: a sentence naming the argument and the rule it breaks.
         """
-        policy = make_policy(prompt.masked.tolist(), settings, self._model.config.eos_id)
-        self._check(policy, len(prompt.ids), settings)
+        shape, length = self._runner.shape, len(prompt.ids)
+        together = "requests that are answered together"
+        if self._is_alone:
+            return
+        if not policy.window:
+            raise ValueError(
+                f"policy {settings.policy!r} decodes one request at a time: {together} have "
+                "policy elastic, rolling or none"
+            )
+        if length > shape.capacity:
+            raise ValueError(
+                f"the prompt and gen_length make {length} tokens, but {together} have at most "
+                f"{shape.capacity}"
+            )
+        for name, value, most in (
+            ("window", policy.window, shape.num_candidates),
+            ("num_rows", policy.num_rows, shape.num_chosen),
+        ):
+            if value > most:
+                raise ValueError(f"{name} must be at most {most} for {together}, got {value}")
+        if policy.tests_drift and settings.track_num != shape.track_num:
+            raise ValueError(
+                f"track_num must be {shape.track_num} for {together}, got {settings.track_num}"
+            )
+        if policy.lookahead:
+            raise ValueError(f"block_caching must be True for {together}")
 
     def step(self) -> list[Outcome]:
         """One denoising step of the requests; of some of them none if full passes are waiting.
@@ -348,33 +362,19 @@ class Batch:
         request = self._lanes[lane]
         return 0 if request is None else len(request.prompt.ids)
 
-    def _check(self, policy: Policy, length: int, settings: GenerationConfig) -> None:
-        """Whether the runner can decode it."""
-        shape, together = self._runner.shape, "requests that are answered together"
-        if self._is_alone:
-            return
-        if not policy.window:
-            raise ValueError(
-                f"policy {settings.policy!r} decodes one request at a time: {together} have "
-                "policy elastic, rolling or none"
-            )
-        if length > shape.capacity:
-            raise ValueError(
-                f"the prompt and gen_length make {length} tokens, but {together} have at most "
-                f"{shape.capacity}"
-            )
-        for name, value, most in (
-            ("window", policy.window, shape.num_candidates),
-            ("num_rows", policy.num_rows, shape.num_chosen),
-        ):
-            if value > most:
-                raise ValueError(f"{name} must be at most {most} for {together}, got {value}")
-        if policy.tests_drift and settings.track_num != shape.track_num:
-            raise ValueError(
-                f"track_num must be {shape.track_num} for {together}, got {settings.track_num}"
-            )
-        if policy.lookahead:
-            raise ValueError(f"block_caching must be True for {together}")
+
+def make_start(prompt: Prompt, settings: GenerationConfig, policy: Policy) -> Start:
+    """What a runner has to know of a request."""
+    return Start(
+        ids=prompt.ids,
+        masked=prompt.masked,
+        window=policy.window,
+        lookahead=policy.lookahead,
+        num_rows=policy.num_rows,
+        tests_drift=policy.tests_drift,
+        reuses=policy.needs.keys_values,
+        settings=settings,
+    )
 
 
 class _Reader:

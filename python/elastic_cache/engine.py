@@ -126,7 +126,7 @@ class Engine:
         shape = runner_shape(self.model, policy, config, len(encoded.ids))
         runner = self._runners.take(shape)
         batch = Batch(self.model, runner, is_alone=True, give_back=self._runners.give)
-        return batch.begin(encoded, config)
+        return batch.begin(encoded, config, policy)
 
     def batch(
         self,

@@ -13,7 +13,7 @@ import torch
 from elastic_cache.config import GenerationConfig
 from elastic_cache.errors import NonFiniteLogitsError
 from elastic_cache.models.weights import Model
-from elastic_cache.policies import Policy, make_policy
+from elastic_cache.policies import Policy
 from elastic_cache.prompt import Prompt
 from elastic_cache.types import Generation, Step
 
@@ -62,11 +62,12 @@ class Request:
         model: Model,
         prompt: Prompt,
         settings: GenerationConfig,
+        policy: Policy,
         advance: Callable[[], Step | None],
     ) -> None:
         self.prompt = prompt
         self.settings = settings
-        self.policy: Policy = make_policy(prompt.masked.tolist(), settings, model.config.eos_id)
+        self.policy = policy
         self._model = model
         self._advance = advance
         self._started = time.perf_counter()

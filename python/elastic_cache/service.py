@@ -30,6 +30,7 @@ from elastic_cache.engine import Engine
 from elastic_cache.events import Event as Event
 from elastic_cache.events import Failed, Finished, Progress, Started, Timing
 from elastic_cache.native import release_workers
+from elastic_cache.policies import Policy, make_policy
 from elastic_cache.prompt import Prompt, encode_prompt
 from elastic_cache.request import Request
 from elastic_cache.ticket import Ticket
@@ -77,6 +78,7 @@ class _Job:
     ticket: Ticket
     config: GenerationConfig
     encoded: Prompt
+    policy: Policy
     text: AnswerText
     order: tuple[int, int]  # lowest first
     submitted: float
@@ -195,9 +197,10 @@ class Service:
         config = find_settings(settings)
         model, now = self._engine.model, time.monotonic()
         encoded = encode_prompt(model, prompt, config.gen_length)
+        policy = make_policy(encoded.masked.tolist(), config, model.config.eos_id)
         batch = self._batch
         if batch is not None:  # else whoever makes the next one will tell
-            batch.check(encoded, config)
+            batch.check(encoded, config, policy)
         text = AnswerText(model, encoded)
         with self._changed:
             if self._close_at is not None:
@@ -214,6 +217,7 @@ class Service:
                 ticket=Ticket(self._on_listen),
                 config=config,
                 encoded=encoded,
+                policy=policy,
                 text=text,
                 order=(-priority, self._num_submitted),
                 submitted=now,
@@ -327,7 +331,7 @@ class Service:
                 batch = self._lanes()
                 if not batch.num_free:
                     return
-                request = batch.begin(job.encoded, job.config)
+                request = batch.begin(job.encoded, job.config, job.policy)
             except Exception as error:
                 self._leave(job, Failed(error))
                 continue

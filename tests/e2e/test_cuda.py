@@ -14,7 +14,9 @@ from types import ModuleType
 import elastic_cache
 import pytest
 import torch
+from answering import together
 from elastic_cache import decoding, forward, reference, runner
+from elastic_cache.batch import make_start
 from elastic_cache.config import GenerationConfig
 from elastic_cache.engine import Engine, runner_shape
 from elastic_cache.graphs import Graphs
@@ -25,10 +27,8 @@ from elastic_cache.policies import make_policy
 from elastic_cache.problems import problems
 from elastic_cache.prompt import encode_prompt
 from elastic_cache.report import STATUS_MASKED, Report
-from elastic_cache.request import Request
 from elastic_cache.runner import Runner
 from elastic_cache.shape import Start
-from elastic_cache.types import Step
 
 from tests.conftest import why_no_cuda
 
@@ -64,16 +64,7 @@ def start(model: Model, question: str, ops: ModuleType) -> tuple[Pupil, Start]:
     prompt = encode_prompt(model, question, SETTINGS.gen_length)
     policy = make_policy(prompt.masked.tolist(), SETTINGS, model.config.eos_id)
     shape = runner_shape(model, policy, SETTINGS, len(prompt.ids))
-    begin = Start(
-        ids=prompt.ids,
-        masked=prompt.masked,
-        window=policy.window,
-        lookahead=policy.lookahead,
-        num_rows=policy.num_rows,
-        tests_drift=policy.tests_drift,
-        reuses=True,
-        settings=SETTINGS,
-    )
+    begin = make_start(prompt, SETTINGS, policy)
     return Pupil(Runner(model, shape, capture_stream=None), ops), begin
 
 
@@ -305,17 +296,8 @@ def test_a_piece_is_captured_after_the_last_graph_was_forgotten() -> None:
 def answer_together(engine: Engine, asked: list[tuple[str, dict]]) -> list[tuple[list, list]]:
     """Steps and ids of requests that share three lanes, in the order asked."""
     batch = engine.batch(3, max_length=200)
-    requests: list[Request] = []
-    steps: dict[Request, list[Step]] = {}
-    while len(requests) < len(asked) or batch.requests:
-        while len(requests) < len(asked) and batch.num_free:
-            question, settings = asked[len(requests)]
-            requests.append(batch.add(question, gen_length=64, **settings))
-            steps[requests[-1]] = []
-        for outcome in batch.step():
-            assert outcome.error is None and outcome.step is not None
-            steps[outcome.request].append(outcome.step)
-    return [(steps[request], request.result.ids.tolist()) for request in requests]
+    asked = [(question, dict(gen_length=64, **settings)) for question, settings in asked]
+    return [(steps, request.result.ids.tolist()) for request, steps in together(batch, asked)]
 
 
 KINDS: list[dict] = [

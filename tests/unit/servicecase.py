@@ -17,6 +17,7 @@ from elastic_cache.batch import Outcome
 from elastic_cache.config import GenerationConfig
 from elastic_cache.engine import Engine
 from elastic_cache.models.tokenizer import load_tokenizer
+from elastic_cache.policies import Policy
 from elastic_cache.prompt import Prompt
 from elastic_cache.service import Event, Failed, Finished, Service, Ticket
 from elastic_cache.types import Generation, Step
@@ -104,10 +105,10 @@ class FakeBatch:
     def num_free(self) -> int:
         return self._num_lanes - len(self._requests)
 
-    def check(self, prompt: Prompt, settings: GenerationConfig) -> None:
+    def check(self, prompt: Prompt, settings: GenerationConfig, policy: Policy) -> None:
         pass
 
-    def begin(self, prompt: Prompt, settings: GenerationConfig) -> FakeRequest:
+    def begin(self, prompt: Prompt, settings: GenerationConfig, policy: Policy) -> FakeRequest:
         assert self.num_free > 0
         ids = prompt.ids[~prompt.masked].tolist()
         if ids[0] in self._script.refused:

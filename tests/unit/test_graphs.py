@@ -11,11 +11,10 @@ from typing import Any
 import elastic_cache
 import pytest
 import torch
+from answering import together
 from elastic_cache.engine import Engine
 from elastic_cache.graphs import Graphs
-from elastic_cache.request import Request
 from elastic_cache.runner import BUCKET, MAX_CAPTURED_LENGTHS, Runner
-from elastic_cache.types import Step
 
 QUESTION = "Ava has 12 apples. Then Ava buys 30 more apples. How many apples does Ava have now?"
 
@@ -161,18 +160,9 @@ def test_a_batch_as_on_a_gpu_gives_the_steps_of_requests_alone(
     log.clear()
     batch = engine.batch(3, max_length=160, max_full_rows=300)
     batch._runs_ahead = True
-    steps: dict[Request, list[Step]] = {}
-    order: list[Request] = []
-    while len(order) < len(asked) or batch.requests:
-        while len(order) < len(asked) and batch.num_free:
-            text, kind = asked[len(order)]
-            order.append(batch.add(text, gen_length=32, **kind))
-            steps[order[-1]] = []
-        for outcome in batch.step():
-            assert outcome.step is not None and outcome.error is None
-            steps[outcome.request].append(outcome.step)
-    for request, expected in zip(order, alone, strict=True):
+    answered = together(batch, [(text, dict(gen_length=32, **kind)) for text, kind in asked])
+    for (request, steps), expected in zip(answered, alone, strict=True):
         assert expected.trace is not None
         assert torch.equal(request.result.ids, expected.ids)
-        assert steps[request] == expected.trace
+        assert steps == expected.trace
     assert (log.count("replay") > 20) == captures

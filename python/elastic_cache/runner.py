@@ -247,6 +247,10 @@ class Runner:
 
         key = (sequence, len(start.ids), count, samples, start.tests_drift)
         self._whole_graphs.run(key, run)
+        if not start.reuses:
+            # Nothing of it is to be computed anew. Not part of the graph, which a request of the
+            # same length that does reuse the cache replays.
+            self._state.committed[sequence].fill_(False)
 
     def _run_full(self, sequence: int, first: int) -> None:
         """Layers `first` .. L - 1, whose noise has been drawn, and the end of the step."""
@@ -294,8 +298,6 @@ class Runner:
         if self.shape.rolling is not None:
             state.due[one].zero_()
             self._choose(one)
-        if not self._start_of(sequence).reuses:
-            state.committed[one].fill_(False)  # nothing of it is to be computed anew
 
     # --- what ends a pass --------------------------------------------------------------------
 

@@ -332,3 +332,17 @@ def test_float32_decides_in_a_batch_as_alone() -> None:
         alone = engine.generate(question, gen_length=64, trace=True, **settings)
         assert alone.trace is not None and ids == alone.ids.tolist()
         assert [step.committed for step in steps] == [step.committed for step in alone.trace]
+
+
+def test_a_lane_replays_nothing_of_the_policy_before() -> None:
+    """Full passes of one length: captured by `none`, replayed by requests that reuse the cache."""
+    question = next(questions())
+    kinds = [dict(policy=name) for name in ("none", "rolling", "elastic", "none", "rolling")]
+    asked = [(question, dict(gen_length=64, **kind)) for kind in kinds]
+    captured = elastic_cache.load("tiny", device="cuda")
+    eager = elastic_cache.load("tiny", device="cuda", capture=False)
+    first, other = (
+        [steps for _, steps in together(engine.batch(1, max_length=200), asked)]
+        for engine in (captured, eager)
+    )
+    assert first == other

@@ -166,3 +166,23 @@ def test_a_batch_as_on_a_gpu_gives_the_steps_of_requests_alone(
         assert torch.equal(request.result.ids, expected.ids)
         assert steps == expected.trace
     assert (log.count("replay") > 20) == captures
+
+
+def test_a_captured_full_pass_is_the_same_for_every_policy(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that reuses the cache replays what `none` has captured: the pass must leave marked
+    what it committed, which only the latter does not need."""
+    engine = engine_as_on_a_gpu(monkeypatch, captures=True)
+    batch, run, marked = engine.batch(1, max_length=160), Graphs.run, list[int]()
+
+    def spy(self: Graphs, key: Any, function: Callable[[], None]) -> None:
+        run(self, key, function)
+        if self is batch._runner._whole_graphs:
+            marked.append(int(batch._runner._state.committed.sum()))
+
+    monkeypatch.setattr(Graphs, "run", spy)
+    answered = together(batch, [(QUESTION, dict(policy="none", gen_length=32))])
+    committed = [len(step.committed) for _, steps in answered for step in steps]
+    assert marked == committed and min(marked) > 0
+    assert not batch._runner._state.committed.any()

@@ -4,8 +4,9 @@
     runner.launch    the layers against the cache, a token and a confidence per candidate, the
                      commit, and the rows of the next step
     runner.finish    waits; layers behind a failed drift test are then refreshed
-On a GPU the next step is launched before the last one's events are handed out, so that the GPU
-never waits for who reads them; who joins or leaves meanwhile does so one step later.
+On a GPU the next step is launched as soon as a step's report says who goes on, before anybody is
+told what it did, so that the GPU waits neither for that nor for who reads it. Who joins or leaves
+meanwhile does so one step later; who was there when `wait` returned takes part.
 
 Full passes (a request's first step, the steps of policy `none`, refreshes) run sequence by
 sequence, at most `max_full_rows` rows in a step, or a single one: what is beyond waits for the next
@@ -78,6 +79,27 @@ class _Failed:
     launched: _Launched
     first_full: int  # layer
     similarity: list[float]  # of the layers before
+
+
+@dataclass(frozen=True)
+class _Commits:
+    """What a step committed."""
+
+    places: list[int]  # in the report
+    positions: list[int]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A sequence's step that is over, of which its request has not been told yet."""
+
+    lane: int
+    request: Request
+    launched: _Launched
+    commits: _Commits
+    failed: _Failed | None  # as it was before it was refreshed
+    is_last: bool
 
 
 class Batch:
@@ -199,6 +221,12 @@ class Batch:
         if policy.lookahead:
             raise ValueError(f"block_caching must be True for {together}")
 
+    def wait(self) -> None:
+        """Waits for the step under way, if there is one, and changes nothing: requests that are
+        added before `step` take part in the one it launches."""
+        if self._launched:
+            self._runner.wait()
+
     def step(self) -> list[Outcome]:
         """One denoising step of the requests; of some of them none if full passes are waiting.
 
@@ -208,17 +236,16 @@ class Batch:
         report = self._runner.finish() if self._launched else None
         refreshed, report = self._refresh(report)
         launched, self._launched, self._turn = self._launched, {}, set()
+        steps: list[_Done] = []
         if report is not None:
             self._reader = reader = _Reader(report, self._runner.shape.capacity)
             for lane, done in launched.items():
-                similarity = reader.similarity(lane, 0 if done.plan.is_full else self._depth)
-                outcomes.append(self._settle(lane, reader, done, self._depth, similarity))
+                steps.append(self._observe(lane, reader, done, None))
             for lane, failed in refreshed.items():
-                done, first = failed.launched, failed.first_full
-                done = replace(done, begin=self._runner.full_begin(lane))
-                outcomes.append(self._settle(lane, reader, done, first, failed.similarity))
-        if self._runs_ahead:
-            outcomes += self._launch()
+                done = replace(failed.launched, begin=self._runner.full_begin(lane))
+                steps.append(self._observe(lane, reader, done, failed))
+        ahead = self._launch() if self._runs_ahead else []
+        outcomes += [self._settle(reader, done) for done in steps] + ahead
         if self._give_back is not None and not self.requests:
             self._give_back(self._runner)
             self._give_back = None
@@ -318,26 +345,35 @@ class Batch:
             report = self._runner.refresh(layers, newly_held)
         return refreshed, report
 
-    def _settle(
+    def _observe(
         self,
         lane: int,
         reader: _Reader,
-        done: _Launched,
-        first_full: int,
-        similarity: list[float],
-    ) -> Outcome:
-        """Tells a request of its step, and lets it go when it is over."""
-        request = self._lanes[lane]
+        launched: _Launched,
+        failed: _Failed | None,
+    ) -> _Done:
+        """What the next step must know of a sequence's step: who is over or has failed leaves."""
+        request, is_last = self._lanes[lane], False
         assert request is not None
-        num_rows = self._length(lane) if done.plan.is_full else done.plan.num_rows
-        try:
-            step = request.add(reader.read(lane, done, first_full, similarity, num_rows))
-        except NonFiniteLogitsError as error:
+        commits, num_masked = reader.commits(launched), reader.num_masked(lane)
+        if reader.has_failed(lane):
             self._leave(lane)
             self._is_stale, self._give_back = True, None
+        else:
+            request.commit(commits.positions, commits.tokens, num_masked)
+            is_last = request.policy.plan(0, 0) is None
+            if is_last:
+                self._leave(lane)
+        return _Done(lane, request, launched, commits, failed, is_last)
+
+    def _settle(self, reader: _Reader, done: _Done) -> Outcome:
+        """Tells a request what its step did."""
+        request = done.request
+        try:
+            step = request.add(reader.read(done, self._depth))
+        except NonFiniteLogitsError as error:
             return Outcome(request, None, error)
-        if request.policy.plan(0, 0) is None:
-            self._leave(lane)
+        if done.is_last:
             request.finish()
         return Outcome(request, step)
 
@@ -402,32 +438,38 @@ class _Reader:
         slots = self._candidates[begin : begin + self._segments[lane][SEGMENT_WINDOW]]
         return begin, [slot - lane * self._capacity for slot in slots]
 
-    def similarity(self, lane: int, end: int) -> list[float]:
-        """What the drift test found in the layers before `end`."""
-        found: list[float] = self._similarity[:end, lane].tolist()
-        return found
+    def has_failed(self, lane: int) -> bool:
+        """Whether a candidate had no probability."""
+        return self._status[lane][STATUS_NOT_FINITE] > 0
 
-    def read(
-        self,
-        lane: int,
-        launched: _Launched,
-        first_full: int,
-        similarity: list[float],
-        num_rows: int,
-    ) -> Decoded:
-        """What became of a step; `first_full` is L unless it was refreshed."""
-        begin, end = launched.begin, launched.begin + len(launched.candidates)
-        status = self._status[lane]
+    def num_masked(self, lane: int) -> int:
+        """Positions that are still masked."""
+        return self._status[lane][STATUS_MASKED]
+
+    def commits(self, launched: _Launched) -> _Commits:
+        """What a step committed."""
+        begin, candidates = launched.begin, launched.candidates
+        places = [begin + i for i in range(len(candidates)) if self._is_committed[begin + i]]
+        positions = [candidates[place - begin] for place in places]
+        return _Commits(places, positions, [self._token[place] for place in places])
+
+    def read(self, done: _Done, depth: int) -> Decoded:
+        """What became of a step through so many layers."""
+        lane, commits, plan = done.lane, done.commits, done.launched.plan
+        first_full = 0 if plan.is_full else depth
+        similarity: list[float] = self._similarity[:first_full, lane].tolist()
+        if done.failed is not None:
+            first_full, similarity = done.failed.first_full, done.failed.similarity
         tracked: set[int] = set(self._tracked[:, lane].flatten().tolist())
         return Decoded(
-            candidates=launched.candidates,
-            tokens=self._token[begin:end],
-            confidence=self._confidence[begin:end],
-            is_committed=self._is_committed[begin:end],
-            first_full=0 if launched.plan.is_full else first_full,
-            num_rows=num_rows,
-            num_masked=status[STATUS_MASKED],
-            num_not_finite=status[STATUS_NOT_FINITE],
+            committed=commits.positions,
+            tokens=commits.tokens,
+            confidence=[self._confidence[place] for place in commits.places],
+            num_candidates=len(done.launched.candidates),
+            first_full=first_full,
+            num_rows=len(done.request.prompt.ids) if plan.is_full else plan.num_rows,
+            num_masked=self.num_masked(lane),
+            num_not_finite=self._status[lane][STATUS_NOT_FINITE],
             tracked=sorted(tracked - {-1}),
             similarity=similarity,
         )

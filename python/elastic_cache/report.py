@@ -78,13 +78,20 @@ class ReportBlock:
         if self._is_remote:
             self._pinned.copy_(self._block, non_blocking=True)
 
-    def wait(self) -> Report:
-        """Waits for everything enqueued, the last copy included; the report as it is then."""
-        if not self._is_remote:
-            return self.device
-        self._copied.record()
-        self._copied.synchronize()
-        return self._views(self._pinned.clone())
+    def mark(self) -> None:
+        """Everything enqueued by now is what `wait` waits for; the last copy must be among it."""
+        if self._is_remote:
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Waits up to the last mark."""
+        if self._is_remote:
+            self._copied.synchronize()
+
+    def read(self) -> Report:
+        """Waits; the report as it is then."""
+        self.wait()
+        return self._views(self._pinned.clone()) if self._is_remote else self.device
 
     def _views(self, block: torch.Tensor) -> Report:
         views, start = [], 0

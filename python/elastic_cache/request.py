@@ -20,11 +20,11 @@ from elastic_cache.types import Generation, Step
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a step was for a sequence; the lists are alike.
+    """What a step was for a sequence.
 
     Attributes:
-        candidates: positions.
-        tokens, confidence, is_committed: of every candidate.
+        committed, tokens, confidence: positions, and of each its token and the model's probability.
+        num_candidates: positions that were decoded.
         first_full: first layer that ran in full mode, L when none did.
         num_rows: rows computed per reuse layer.
         num_masked: positions still masked.
@@ -33,10 +33,10 @@ class Decoded:
         similarity: what the drift test found in the layers before `first_full`.
     """
 
-    candidates: list[int]
+    committed: list[int]
     tokens: list[int]
     confidence: list[float]
-    is_committed: list[bool]
+    num_candidates: int
     first_full: int
     num_rows: int
     num_masked: int
@@ -126,44 +126,43 @@ class Request:
         end = len(self._ids) if self._cut < 0 else self._cut
         return list(islice((i for i in range(end) if self._masked[i]), count))
 
-    def add(self, decoded: Decoded) -> Step:
-        """Counts a step, writes what it committed, and notes the EOS that cuts the tail.
-
-        Raises:
-            NonFiniteLogitsError: candidates have no probability.
-        """
-        if decoded.num_not_finite:
-            raise NonFiniteLogitsError(
-                f"the model produced logits that are not finite numbers at step "
-                f"{self._num_steps} (in {decoded.num_not_finite} of {len(decoded.candidates)} "
-                f"rows): check the checkpoint {self._model.name!r} and the dtype"
-            )
-        index, depth = self._num_steps, self._model.config.num_layers
-        first_full = -1 if index == 0 else decoded.first_full
-        hits = [i for i, is_hit in enumerate(decoded.is_committed) if is_hit]
-        committed = [decoded.candidates[i] for i in hits]
-        tokens = [decoded.tokens[i] for i in hits]
-        self._num_steps += 1
-        self._layers_refreshed += depth - first_full
-        for position, token in zip(committed, tokens, strict=True):
+    def commit(self, positions: list[int], tokens: list[int], num_masked: int) -> None:
+        """Writes what a step committed, notes the EOS that cuts the tail, and tells the policy."""
+        for position, token in zip(positions, tokens, strict=True):
             self._ids[position] = token
             self._masked[position] = False
         eos = self._model.config.eos_id
         if self._cut < 0 and eos in tokens:
-            self._cut = committed[tokens.index(eos)]
-        step = Step(
+            self._cut = positions[tokens.index(eos)]
+        self.policy.observe(tokens, num_masked)
+
+    def add(self, decoded: Decoded) -> Step:
+        """Counts a step, whose commits have been written.
+
+        Raises:
+            NonFiniteLogitsError: candidates have no probability; nothing was written.
+        """
+        if decoded.num_not_finite:
+            raise NonFiniteLogitsError(
+                f"the model produced logits that are not finite numbers at step "
+                f"{self._num_steps} (in {decoded.num_not_finite} of {decoded.num_candidates} "
+                f"rows): check the checkpoint {self._model.name!r} and the dtype"
+            )
+        index, depth = self._num_steps, self._model.config.num_layers
+        first_full = -1 if index == 0 else decoded.first_full
+        self._num_steps += 1
+        self._layers_refreshed += depth - first_full
+        return Step(
             index=index,
             first_full_layer=first_full,
-            committed=committed,
-            tokens=tokens,
-            confidence=[decoded.confidence[i] for i in hits],
+            committed=decoded.committed,
+            tokens=decoded.tokens,
+            confidence=decoded.confidence,
             tracked=decoded.tracked,
             similarity=decoded.similarity if self.policy.tests_drift and first_full >= 0 else [],
             num_rows=decoded.num_rows,
             num_masked=decoded.num_masked,
         )
-        self.policy.observe(step)
-        return step
 
     def _answer(self, reason: str | None) -> Generation:
         """Fills the tail after EOS and counts what was generated before it."""

@@ -123,12 +123,17 @@ class Runner:
             self._launch_full(sequence, plans[sequence])
         if full:
             self._graphs.run("select", self._select)
+        self._report.mark()
+
+    def wait(self) -> None:
+        """Waits for what was launched."""
+        self._report.wait()
 
     @torch.inference_mode()
     def finish(self) -> Report:
         """Waits for what was launched. A sequence whose `first_full_layer` is below L has failed
         its drift test and committed nothing: it is to be refreshed, or held."""
-        self._seen = self._report.wait()
+        self._seen = self._report.read()
         return self._seen
 
     @torch.inference_mode()
@@ -150,12 +155,14 @@ class Runner:
                 self._state.tracked[:, sequence].copy_(kept)
             self._run_full(sequence, first)
         self._graphs.run("select", self._select)
+        self._report.mark()
         return self.finish()
 
     @torch.inference_mode()
     def select(self) -> Report:
         """Lists the rows anew, after sequences were stopped, and waits."""
         self._graphs.run("select", self._select)
+        self._report.mark()
         return self.finish()
 
     def full_begin(self, sequence: int) -> int:

@@ -353,7 +353,10 @@ class Service:
         outcomes: list[Outcome] = []
         started = time.monotonic()
         try:
-            outcomes = self._lanes().step()
+            batch = self._lanes()
+            batch.wait()
+            self._fill_lanes()  # with who asked while it ran
+            outcomes = batch.step()
         finally:
             now = time.monotonic()
             with self._changed:

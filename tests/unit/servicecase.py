@@ -71,6 +71,7 @@ class Script:
 
     Attributes:
         before_step: called inside every step, before anything happens: may wait, or raise.
+        under_way: called whenever the service waits for the step under way.
         errors: raised by the request of that name, at its step of that number.
         added, stepped: names in the order of `begin`; those of every step.
         num_made: batches made.
@@ -80,6 +81,7 @@ class Script:
 
     def __init__(self) -> None:
         self.before_step: Callable[[], None] = lambda: None
+        self.under_way: Callable[[], None] = lambda: None
         self.errors: dict[tuple[int, int], Exception] = {}
         self.added: list[int] = []
         self.stepped: list[list[int]] = []
@@ -117,6 +119,9 @@ class FakeBatch:
         self._requests.append(request)
         self._script.added.append(request.name)
         return request
+
+    def wait(self) -> None:
+        self._script.under_way()
 
     def step(self) -> list[Outcome]:
         self._script.stepped.append([request.name for request in self._requests])

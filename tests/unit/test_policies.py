@@ -7,7 +7,6 @@ from elastic_cache.config import GenerationConfig
 from elastic_cache.plan import Plan
 from elastic_cache.policies import make_policy
 from elastic_cache.policies.base import Policy
-from elastic_cache.types import Step
 
 EOS = 7
 
@@ -18,7 +17,7 @@ def start(masked: list[bool], **settings: object) -> Policy:
 
 def commit(policy: Policy, positions: list[int], tokens: list[int] | None = None) -> None:
     tokens = tokens or [1] * len(positions)
-    policy.observe(Step(0, 0, positions, tokens, [1.0] * len(positions), [], [], 0, 99))
+    policy.observe(tokens, 99)
 
 
 def rows(plan: Plan | None) -> tuple[bool, list[int], list[int]]:

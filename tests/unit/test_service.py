@@ -110,6 +110,19 @@ def test_lanes_are_shared_and_joined_between_steps(start: Any, gate: Gate, scrip
     assert script.num_made == 1
 
 
+def test_who_asks_while_a_step_is_under_way_joins_the_next(start: Any, script: Script) -> None:
+    service, inboxes = start(num_lanes=2), []
+
+    def ask_once() -> None:
+        script.under_way = lambda: None
+        inboxes.append(Inbox(ask(service, B, gen_length=1)))
+
+    script.under_way = ask_once
+    assert Inbox(ask(service, A, gen_length=2)).finished().is_complete
+    assert inboxes[0].finished().is_complete
+    assert script.stepped == [[A, B], [A]]
+
+
 def test_the_highest_priority_goes_first_and_equals_in_order(
     start: Any, gate: Gate, script: Script
 ) -> None:

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.plan import Plan, RollingRule
-from elastic_cache.types import Step
 
 
 class Policy(Protocol):
@@ -42,6 +41,6 @@ class Policy(Protocol):
         a full pass); None when the answer is finished. Asking changes nothing."""
         ...
 
-    def observe(self, step: Step) -> None:
-        """Told what the step committed."""
+    def observe(self, tokens: list[int], num_masked: int) -> None:
+        """Told which tokens the step committed, and how many positions are still masked."""
         ...

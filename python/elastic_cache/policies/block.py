@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
 from elastic_cache.plan import Plan, RollingRule
-from elastic_cache.types import Step
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ class BlockPolicy:
             num_commits=self._num_commits(block),
         )
 
-    def observe(self, step: Step) -> None:
-        self._has_eos |= self._eos_id in step.tokens
-        self._num_left -= len(step.committed)
+    def observe(self, tokens: list[int], num_masked: int) -> None:
+        self._has_eos |= self._eos_id in tokens
+        self._num_left -= len(tokens)
         self._step_in_block += 1
         if self._num_left > 0:
             return

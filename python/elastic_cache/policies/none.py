@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.policies.window import WindowPolicy
-from elastic_cache.types import Step
 
 
 class NonePolicy(WindowPolicy):
@@ -15,6 +14,6 @@ class NonePolicy(WindowPolicy):
 
     needs = CacheNeeds(keys_values=False, queries=False, inputs=False)
 
-    def observe(self, step: Step) -> None:
-        super().observe(step)
+    def observe(self, tokens: list[int], num_masked: int) -> None:
+        super().observe(tokens, num_masked)
         self._is_full = True

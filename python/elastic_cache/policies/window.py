@@ -5,7 +5,6 @@ from __future__ import annotations
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
 from elastic_cache.plan import Plan, RollingRule
-from elastic_cache.types import Step
 
 
 class WindowPolicy:
@@ -31,6 +30,6 @@ class WindowPolicy:
             return Plan(True, self._length, min(self.window, self._num_masked))
         return Plan(False, num_rows, num_candidates)
 
-    def observe(self, step: Step) -> None:
+    def observe(self, tokens: list[int], num_masked: int) -> None:
         self._is_full = False
-        self._num_masked = step.num_masked
+        self._num_masked = num_masked

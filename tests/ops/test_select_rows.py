@@ -71,7 +71,7 @@ def test_example(device: torch.device) -> None:
     assert window_rows.tolist() == [4, 5, 7, 8, 9, -1, -1, -1]
 
 
-@pytest.mark.parametrize("capacity", [*TILE_SIZES, 4096])
+@pytest.mark.parametrize("capacity", [*TILE_SIZES, 1040, 2047, 4096, 4100])
 def test_sizes(device: torch.device, rng: torch.Generator, capacity: int) -> None:
     check_exact("select_rows", make_case(rng, device, capacity))
 
@@ -83,11 +83,41 @@ def test_windows(device: torch.device, rng: torch.Generator, window: int) -> Non
 
 @pytest.mark.parametrize(
     "shape",
-    [{"num_sequences": 0}, {"num_sequences": 7}, {"num_layers": 0}, {"track_num": 0}],
+    [
+        {"num_sequences": 0},
+        {"num_sequences": 7},
+        {"num_layers": 0},
+        {"num_layers": 3000, "track_num": 1},
+        {"track_num": 0},
+        {"track_num": 600},
+    ],
     ids=str,
 )
 def test_shapes(device: torch.device, rng: torch.Generator, shape: dict[str, int]) -> None:
     check_exact("select_rows", make_case(rng, device, 33, **shape))
+
+
+@pytest.mark.parametrize("capacity", [48, 100])
+@pytest.mark.parametrize("num_sequences", [31, 32, 33, 70])
+def test_many_sequences(
+    device: torch.device, rng: torch.Generator, num_sequences: int, capacity: int
+) -> None:
+    """A GPU takes 32 at a time."""
+    check_exact("select_rows", make_case(rng, device, capacity, num_sequences))
+
+
+@pytest.mark.parametrize("capacity", [20_000, 150_000])
+def test_long_sequences(device: torch.device, rng: torch.Generator, capacity: int) -> None:
+    """A GPU's shared memory holds a few of the one at a time, and one of the other."""
+    check_exact("select_rows", make_case(rng, device, capacity, num_sequences=12, track_num=50))
+
+
+@pytest.mark.parametrize("name", ["masked", "committed"])
+def test_flags_that_begin_anywhere(device: torch.device, rng: torch.Generator, name: str) -> None:
+    case = make_case(rng, device, 64)
+    flags = torch.zeros(case[name].numel() + 1, dtype=torch.bool, device=device)
+    case[name] = flags[1:].view_as(case[name]).copy_(case[name])
+    check_exact("select_rows", case)
 
 
 def test_exactly_full_row_lists(device: torch.device, rng: torch.Generator) -> None:

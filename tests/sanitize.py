@@ -55,7 +55,12 @@ SELECTION: dict[str, tuple[str, ...]] = {
     "project_qkv": (r"rows\[.*-17\]", r"all_rows_skipped\["),
     "refresh_rows": (r"sizes\[.*-(65|5000)\]", r"exactly_full.*\["),
     "rolling_rows": (r"sizes\[.*-(65|4096)\]", r"budgets\[.*-17\]"),
-    "select_rows": (r"sizes\[.*-(65|4096)\]", r"windows\[.*-17\]", r"exactly_full.*\["),
+    "select_rows": (
+        r"sizes\[.*-(65|4096)\]",
+        r"windows\[.*-17\]",
+        r"exactly_full.*\[",
+        r"many_sequences\[.*-33-48\]",
+    ),
     "swiglu": (r"rows\[.*-(0|9)\]", r"widths\[.*-(7|12288)\]"),
     "token_confidence": (r"rows\[.*-3\]", r"vocabularies\[.*-(17|1000)\]", r"no_possible_token\["),
     "window_attention": (
@@ -63,6 +68,7 @@ SELECTION: dict[str, tuple[str, ...]] = {
         r"keys\[.*-(1|129|2000)\]",
         r"heads\[.*-(64|80|128)-\(9, 3\)\]",
         r"no_key\[",
+        r"many_sequences\[.*-128-(4|16)\]",
     ),
 }
 """Tests of each operator, without `test_`: every kernel, with packs and without, a tile and more,

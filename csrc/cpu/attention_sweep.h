@@ -113,6 +113,22 @@ void begin_sweep(SweepBuffers& w, int64_t dim) {
   std::fill(w.output, w.output + dim * NV * kLanes, 0.0f);
 }
 
+// Scores of n keys, summed in parts: one after the other 64 or 128 terms have up to twice the
+// error.
+template <int NV, class Between>
+void score_block(const LaneRows& query, const Operand& keys, int64_t dim, int64_t n,
+                 const LaneRows& scores, const Between& between) {
+  constexpr int64_t kTerms = 32;
+  lane_product<NV>(query, keys, std::min(dim, kTerms), n, nullptr, scores, between);
+  Float8 one[NV];
+  for (Float8& x : one) x = splat(1.0f);
+  for (int64_t d = kTerms; d < dim; d += kTerms) {
+    const LaneRows part{query.data + d * query.stride, query.stride};
+    const Operand from{keys.data + d * keys.step_i, keys.step_i, keys.step_j};
+    lane_product<NV>(part, from, std::min(dim - d, kTerms), n, one, scores, [](int64_t) {});
+  }
+}
+
 // Sweeps NV vectors of lanes, whose queries are packed in w.query, over the block of keys from
 // `begin` on; the first `num_outputs` of them get outputs, none: values are not read.
 // `block_scores(begin)` says where the scores of the block go, `scored(begin, n)` may change them,
@@ -125,8 +141,8 @@ void sweep_block(const HeadCache<T>& c, int64_t begin, int64_t num_outputs, Swee
   const LaneRows scores = lanes.block_scores(begin);
   RowPrefetch<T> values(c.values + begin * c.stride, c.stride, num_outputs == 0 ? 0 : n, c.dim);
   const Operand k = rows_operand(c.keys + begin * c.stride, c.stride, n, c.dim, w.keys);
-  lane_product<NV>({w.query, kWidth}, k, c.dim, n, nullptr, scores,
-                   [&](int64_t count) { values.next(count); });
+  score_block<NV>({w.query, kWidth}, k, c.dim, n, scores,
+                  [&](int64_t count) { values.next(count); });
   values.rest();
   lanes.scored(begin, n, scores);
   Float8 rescale[NV];

@@ -190,8 +190,8 @@ void AttendTask<T>::scored(int64_t begin, int64_t n, const LaneRows& scores) con
   const int64_t vector = num_new_ / kLanes;
   const LaneRows corrected{b_.scores, width_};
   with_vectors(width_ / kLanes - vector, [&](auto vectors) {
-    lane_product<vectors()>(LaneRows{b_.query, width_}.from(vector), {b_.keys, 1, dim}, dim, count,
-                            nullptr, corrected.from(vector), [](int64_t) {});
+    score_block<vectors()>(LaneRows{b_.query, width_}.from(vector), {b_.keys, 1, dim}, dim, count,
+                           corrected.from(vector), [](int64_t) {});
   });
   for (int64_t i = 0; i < count; ++i, ++first) {
     float* to = scores.data + (first->key - begin) * scores.stride;

@@ -11,8 +11,6 @@
 
 namespace elastic_cache::cuda::attention {
 
-constexpr float kLn2 = 0.69314718055994530942f;
-
 constexpr int kCombineWarps = 4;
 
 // Four parts of kWidth elements of an item, from split `first` on. What has not been written is
@@ -68,7 +66,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
   const float weight = mine.x == -INFINITY ? 0.0f : exp2_flush(mine.x - top);
   const float sum = warp_reduce(weight * mine.y, Sum{});
   const unsigned int present = __ballot_sync(kFullWarp, mine.x != -INFINITY);
-  if (lane == 0) p.lse[item] = is_skipped ? 0.0f : (top + log2f(sum)) * kLn2;
+  if (lane == 0) p.lse[item] = is_skipped ? 0.0f : log_sum(top, sum);
 
   const float inverse = present == 0 ? 0.0f : 1.0f / sum;
   for (int first = 0; first < dim; first += kWarpSize * kWidth) {
@@ -99,22 +97,36 @@ inline int64_t num_lanes(const WindowAttentionParams& p) {
   return p.num_rows * (p.num_heads / p.num_kv_heads);
 }
 
-template <int D>
-void launch_wgmma(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
-  const dim3 grid(blocks_for(num_lanes(p), kBlockLanes),
-                  static_cast<unsigned int>(parts.num_splits),
+template <int D, class B>
+void launch_blocks(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
+  const dim3 grid(blocks_for(num_lanes(p), B::kLanes), static_cast<unsigned int>(parts.num_splits),
                   static_cast<unsigned int>(p.num_kv_heads));
   const auto map = [&](const void* cache) {
     return cache_map<D>(kOp, cache, p.num_sequences * p.capacity, p.num_kv_heads);
   };
-  launch_overlapping(kOp, attention_wgmma_kernel<D>, grid, kBlockThreads, stream,
-                     SharedBytes{kWgmmaBytes<D>}, map(p.k_cache), map(p.v_cache), p, parts);
+  launch_overlapping(kOp, attention_wgmma_kernel<D, B>, grid, B::kThreads, stream,
+                     SharedBytes{kWgmmaBytes<D, B>}, map(p.k_cache), map(p.v_cache), p, parts);
 }
 
+// All forms give a lane the same bits.
 template <int D>
-void launch_tensor_cores(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
+void launch_wgmma(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
+  if (p.num_sequences == 1) return launch_blocks<D, Blocks<2, 64>>(p, parts, stream);
+  const int64_t short_blocks = blocks_for(num_lanes(p), 32) * parts.num_splits * p.num_kv_heads;
+  if (short_blocks <= 2 * kAttentionBlocks) {
+    return launch_blocks<D, Blocks<1, 32>>(p, parts, stream);
+  }
+  launch_blocks<D, Blocks<1, 64>>(p, parts, stream);
+}
+
+// Returns whether there is nothing to combine.
+template <int D>
+bool launch_tensor_cores(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
   if constexpr (D % wgmma::kBlockColumns == 0) {
-    if (has_cache_map(p.num_sequences * p.capacity)) return launch_wgmma<D>(p, parts, stream);
+    if (has_cache_map(p.num_sequences * p.capacity)) {
+      launch_wgmma<D>(p, parts, stream);
+      return parts.num_splits == 1;
+    }
   }
   const int64_t lanes = num_lanes(p);
   const auto launch = [&]<int M>() {
@@ -123,9 +135,14 @@ void launch_tensor_cores(const WindowAttentionParams& p, const Parts& parts, Str
     launch_overlapping(kOp, attention_mma_kernel<D, M>, grid, kNumThreads, stream,
                        SharedBytes{sizeof(PartShared<D, M>)}, p, parts);
   };
-  if (lanes <= 16) return launch.template operator()<16>();
-  if (lanes <= 32) return launch.template operator()<32>();
-  launch.template operator()<64>();
+  if (lanes <= 16) {
+    launch.template operator()<16>();
+  } else if (lanes <= 32) {
+    launch.template operator()<32>();
+  } else {
+    launch.template operator()<64>();
+  }
+  return false;
 }
 
 inline bool has_tensor_core_form(const WindowAttentionParams& p) {
@@ -147,15 +164,17 @@ void launch_plain(const WindowAttentionParams& p, const Parts& parts, Stream str
 
 template <class T>
 void launch_kernels(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
+  bool is_whole = false;
   if (!has_tensor_core_form(p)) {
     launch_plain<T>(p, parts, stream);
   } else if (p.head_dim == 32) {
-    launch_tensor_cores<32>(p, parts, stream);
+    is_whole = launch_tensor_cores<32>(p, parts, stream);
   } else if (p.head_dim == 64) {
-    launch_tensor_cores<64>(p, parts, stream);
+    is_whole = launch_tensor_cores<64>(p, parts, stream);
   } else {
-    launch_tensor_cores<128>(p, parts, stream);
+    is_whole = launch_tensor_cores<128>(p, parts, stream);
   }
+  if (is_whole) return;
   const auto combine = [&]<int kWidth>() {
     launch_overlapping(kOp, attention_combine_kernel<T, kWidth>,
                        dim3(blocks_for(p.num_rows * p.num_heads, kCombineWarps)),
@@ -168,7 +187,8 @@ void launch_kernels(const WindowAttentionParams& p, const Parts& parts, Stream s
 // Attention with p.workspace for its parts.
 inline void launch(const WindowAttentionParams& p, Stream stream) {
   Parts parts{};
-  parts.num_splits = static_cast<int>(attention_splits(p.num_kv_heads, p.capacity));
+  parts.num_splits =
+      static_cast<int>(attention_splits(p.num_kv_heads, p.capacity, p.num_sequences));
   parts.out = static_cast<float*>(p.workspace);
   parts.softmax = reinterpret_cast<float2*>(parts.out + parts.num_splits * p.num_rows *
                                                             p.num_heads * p.head_dim);

@@ -13,6 +13,7 @@
 namespace elastic_cache::cuda::attention {
 
 constexpr int kNoSequence = INT_MAX;
+constexpr float kLn2 = 0.69314718055994530942f;
 
 // What the part kernel leaves for the combining one; an item is row * H + head.
 struct Parts {
@@ -20,6 +21,9 @@ struct Parts {
   float2* softmax;  // [splits, R * H] maximum (base 2) and sum
   int num_splits;
 };
+
+// Log-sum-exp, of a maximum (base 2) and a sum relative to it.
+__device__ inline float log_sum(float max, float sum) { return (max + log2f(sum)) * kLn2; }
 
 // Tiles of a sequence's keys are shared out evenly over the splits.
 struct KeySpan {

@@ -12,6 +12,7 @@ from opcase import (
     TILE_SIZES,
     Case,
     assert_rejected,
+    assert_same_bits,
     check_close,
     check_contract,
     check_rejects_malformed,
@@ -117,6 +118,29 @@ def test_skipped_rows_are_zero(device: torch.device, rng: torch.Generator) -> No
     assert not result["out"][::2].any() and not result["lse"][::2].any()
     case["rows"].fill_(-1)
     check_close("window_attention", case)
+
+
+# Keys are parted, whole (then nothing is left to combine), and whole with many rows.
+@pytest.mark.parametrize("num_sequences", [2, 4, 16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_sequences(
+    device: torch.device,
+    rng: torch.Generator,
+    dtype: torch.dtype,
+    num_sequences: int,
+    head_dim: int,
+) -> None:
+    """Rows of all, in any order, some skipped; one has no keys. A row's bits are as alone."""
+    ranges = [(s % 3, 20 + 37 * s) for s in range(num_sequences - 1)] + [(3, 3)]
+    case = make_case(rng, device, dtype, 20 * num_sequences, ranges, (32, 32), head_dim)
+    case["rows"][::7] = -1
+    check_close("window_attention", case)
+    together = run(ops, "window_attention", case)
+    for row in (0, 1, len(case["rows"]) - 1):
+        cut = {name: case[name][row : row + 1] for name in ("rows", "out", "lse")}
+        alone = run(ops, "window_attention", {**case, **cut})
+        for name in ("out", "lse"):
+            assert_same_bits(f"{name} of row {row}", alone[name][0], together[name][row])
 
 
 def test_no_key(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:

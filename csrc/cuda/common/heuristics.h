@@ -22,10 +22,11 @@ inline constexpr int kStreamBlocks = 132;
 inline constexpr int64_t kMaxAttentionSplits = 32;
 
 // Into how many parts the keys of a sequence are cut. It must not depend on the rows: then a row's
-// result does not depend on what else is computed with it.
-inline int64_t attention_splits(int64_t num_kv_heads, int64_t capacity) {
+// result does not depend on what else is computed with it. Of several sequences it is expected that
+// all are at work, each in a block a head.
+inline int64_t attention_splits(int64_t num_kv_heads, int64_t capacity, int64_t num_sequences) {
   const int64_t tiles = (capacity + kTileKeys - 1) / kTileKeys;
-  const int64_t wanted = kAttentionBlocks / std::max<int64_t>(num_kv_heads, 1);
+  const int64_t wanted = kAttentionBlocks / std::max<int64_t>(num_kv_heads * num_sequences, 1);
   return std::max<int64_t>(1, std::min({wanted, tiles, kMaxAttentionSplits}));
 }
 

@@ -1,8 +1,8 @@
 // One block a sequence, kThreads positions at a time. How due a position must be to be chosen is
 // found bit by bit, from the highest bit down: a bit stays set if enough positions are at least
-// that due. Places in the list are ranks among flags, as in select_rows. The subtle thing: all
-// numbers lie in shared memory meanwhile, first what kind of position it is (kInWindow .. kOther),
-// then how due it is, negative for positions that are computed anyway.
+// that due. Places in the list are ranks among flags. The subtle thing: all numbers lie in shared
+// memory meanwhile, first what kind of position it is (kInWindow .. kOther), then how due it is,
+// negative for positions that are computed anyway.
 #include "elastic_cache/rolling_rows.h"
 
 #include <climits>

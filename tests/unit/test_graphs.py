@@ -171,6 +171,19 @@ def test_a_batch_as_on_a_gpu_gives_the_steps_of_requests_alone(
     assert (log.count("replay") > 20) == captures
 
 
+def test_who_is_added_when_a_step_is_over_takes_part_in_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = engine_as_on_a_gpu(monkeypatch, captures=False).batch(2, max_length=160)
+    batch._runs_ahead = True
+    first = batch.add(QUESTION, gen_length=32)
+    batch.step()  # and launches another
+    batch.wait()
+    second = batch.add(QUESTION, gen_length=32)
+    assert [outcome.request for outcome in batch.step()] == [first]
+    assert [outcome.request for outcome in batch.step() if outcome.step] == [first, second]
+
+
 def test_a_captured_full_pass_is_the_same_for_every_policy(
     log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,8 @@
 namespace elastic_cache {
 
 int64_t window_attention_workspace(const WindowAttentionParams& p) {
-  const int64_t items =
-      cuda::attention_splits(p.num_kv_heads, p.capacity, p.num_sequences) * p.num_rows * p.num_heads;
+  const int64_t items = cuda::attention_splits(p.num_kv_heads, p.capacity, p.num_sequences) *
+                        p.num_rows * p.num_heads;
   return items * (p.head_dim + 2) * static_cast<int64_t>(sizeof(float));
 }
 

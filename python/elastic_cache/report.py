@@ -2,7 +2,8 @@
 
 On a GPU the fields are views of a device block with a twin in pinned host memory; a step ends with
 one copy from the first to the second, which a captured graph contains, and the host waits for it
-once. On the CPU both are the same block and nothing is copied.
+once. On the CPU both are the same block. The host gets a copy of its own, which stays as it is when
+the next step is launched, or a sequence stopped.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ class ReportBlock:
             self._copied.synchronize()
 
     def read(self) -> Report:
-        """Waits; the report as it is then."""
+        """Waits; a copy of the report as it is then."""
         self.wait()
-        return self._views(self._pinned.clone()) if self._is_remote else self.device
+        return self._views(self._pinned.clone())
 
     def _views(self, block: torch.Tensor) -> Report:
         views, start = [], 0

@@ -14,7 +14,6 @@ import torch
 from answering import together
 from elastic_cache.engine import Engine
 from elastic_cache.graphs import Graphs
-from elastic_cache.report import ReportBlock
 from elastic_cache.runner import BUCKET, MAX_CAPTURED_LENGTHS, Runner
 
 QUESTION = "Ava has 12 apples. Then Ava buys 30 more apples. How many apples does Ava have now?"
@@ -75,8 +74,7 @@ def test_the_keys_run_last_are_kept(log: list[str]) -> None:
 
 
 def engine_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, captures: bool) -> Engine:
-    """An engine on the CPU with a GPU's padded row lists, its way through the graphs, and reports
-    that stay as they were read."""
+    """An engine on the CPU with a GPU's padded row lists, and its way through the graphs."""
     stream: Any = object() if captures else None
     init = Runner.__init__
 
@@ -85,7 +83,6 @@ def engine_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, captures: bool) -> En
         self._is_padded = True
 
     monkeypatch.setattr(Runner, "__init__", padded)
-    monkeypatch.setattr(ReportBlock, "read", lambda self: self._views(self._block.clone()))
     monkeypatch.setattr("elastic_cache.engine.capture_stream", lambda device, capture: stream)
     return elastic_cache.load("tiny")
 

@@ -112,9 +112,11 @@ void launch_blocks(const WindowAttentionParams& p, const Parts& parts, Stream st
 template <int D>
 void launch_wgmma(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
   if (p.num_sequences == 1) return launch_blocks<D, Blocks<2, 64>>(p, parts, stream);
-  const int64_t short_blocks = blocks_for(num_lanes(p), 32) * parts.num_splits * p.num_kv_heads;
-  if (short_blocks <= 2 * kAttentionBlocks) {
-    return launch_blocks<D, Blocks<1, 32>>(p, parts, stream);
+  using Short = Blocks<1, 32>;
+  const int64_t num_short =
+      blocks_for(num_lanes(p), Short::kLanes) * parts.num_splits * p.num_kv_heads;
+  if (num_short <= Short::kPerSm * kAttentionBlocks) {
+    return launch_blocks<D, Short>(p, parts, stream);
   }
   launch_blocks<D, Blocks<1, 64>>(p, parts, stream);
 }

@@ -5,7 +5,8 @@
 //            the keys -> unnormalised output [D], maximum and sum of every lane
 //            (attention_plain.cuh is the form to read first, attention_wgmma.cuh the one of 9.0,
 //            attention_mma.cuh that of 8.0 and of head_dim 32)
-//   combine  a warp a lane adds the parts in order (attention_launch.cuh)
+//   combine  a warp a lane adds the parts in order (attention_launch.cuh); not where there is one,
+//            which attention_wgmma.cuh writes as the result
 #include "elastic_cache/window_attention.h"
 
 #include "attention_launch.cuh"

@@ -83,11 +83,11 @@ class _Failed:
 
 @dataclass(frozen=True)
 class _Commits:
-    """What a step committed."""
+    """What a step committed; the lists are alike."""
 
-    places: list[int]  # in the report
     positions: list[int]
     tokens: list[int]
+    confidence: list[float]
 
 
 @dataclass(frozen=True)
@@ -449,22 +449,26 @@ class _Reader:
     def commits(self, launched: _Launched) -> _Commits:
         """What a step committed."""
         begin, candidates = launched.begin, launched.candidates
-        places = [begin + i for i in range(len(candidates)) if self._is_committed[begin + i]]
-        positions = [candidates[place - begin] for place in places]
-        return _Commits(places, positions, [self._token[place] for place in places])
+        hits = [i for i in range(len(candidates)) if self._is_committed[begin + i]]
+        return _Commits(
+            [candidates[i] for i in hits],
+            [self._token[begin + i] for i in hits],
+            [self._confidence[begin + i] for i in hits],
+        )
 
     def read(self, done: _Done, depth: int) -> Decoded:
         """What became of a step through so many layers."""
         lane, commits, plan = done.lane, done.commits, done.launched.plan
-        first_full = 0 if plan.is_full else depth
-        similarity: list[float] = self._similarity[:first_full, lane].tolist()
         if done.failed is not None:
             first_full, similarity = done.failed.first_full, done.failed.similarity
+        else:
+            first_full = 0 if plan.is_full else depth
+            similarity = self._similarity[:first_full, lane].tolist()
         tracked: set[int] = set(self._tracked[:, lane].flatten().tolist())
         return Decoded(
             committed=commits.positions,
             tokens=commits.tokens,
-            confidence=[self._confidence[place] for place in commits.places],
+            confidence=commits.confidence,
             num_candidates=len(done.launched.candidates),
             first_full=first_full,
             num_rows=len(done.request.prompt.ids) if plan.is_full else plan.num_rows,

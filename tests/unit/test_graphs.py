@@ -181,6 +181,23 @@ def test_who_is_added_when_a_step_is_over_takes_part_in_the_next(
     assert [outcome.request for outcome in batch.step() if outcome.step] == [first, second]
 
 
+def test_who_fails_ahead_of_the_next_launch_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_as_on_a_gpu(monkeypatch, captures=False)
+    alone = engine.generate(QUESTION, gen_length=32, trace=True)
+    batch = engine.batch(2, max_length=160)
+    batch._runs_ahead = True
+    bad, good = (batch.add(QUESTION, gen_length=32) for _ in range(2))
+    batch.step()
+    with torch.inference_mode():
+        batch._runner._forward._cache.layers[0].v[3].fill_(float("nan"))
+    failed: list[Any] = []
+    while batch.requests:
+        failed += [outcome for outcome in batch.step() if outcome.error is not None]
+    assert [outcome.request for outcome in failed] == [bad]
+    assert isinstance(failed[0].error, elastic_cache.NonFiniteLogitsError)
+    assert torch.equal(good.result.ids, alone.ids)
+
+
 def test_a_captured_full_pass_is_the_same_for_every_policy(
     log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

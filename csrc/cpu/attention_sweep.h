@@ -78,6 +78,50 @@ inline std::array<SweepBuffers, kMaxHeads> task_buffers(float* memory, int64_t d
   return buffers;
 }
 
+// Asks for a block of keys and values while the one before is swept, evenly over all of its
+// products. What a task reads of a cache row is contiguous, but the sweeps take it head by head, a
+// line or two at a time, which hardware prefetchers do not follow; and many lines at once would
+// fill the queue of misses and stall.
+template <class T>
+class BlockPrefetch {
+ public:
+  // The block from key `begin` on, its keys alone if there are no outputs.
+  BlockPrefetch(const HeadCache<T>& first_head, int64_t num_heads, int64_t begin, bool has_outputs)
+      : next_(reinterpret_cast<const char*>(first_head.keys + begin * first_head.stride)),
+        values_(reinterpret_cast<const char*>(first_head.values + begin * first_head.stride)),
+        stride_(first_head.stride * static_cast<int64_t>(sizeof(T))),
+        row_size_(num_heads * first_head.dim * static_cast<int64_t>(sizeof(T))),
+        num_keys_(std::clamp<int64_t>(first_head.num_keys - begin, 0, kBlockKeys)),
+        num_rows_(has_outputs ? 2 * num_keys_ : num_keys_),
+        num_columns_(num_heads * (kBlockKeys + (has_outputs ? first_head.dim : 0))) {}
+
+  // `count` columns of the block's products are done.
+  void next(int64_t count) {
+    num_done_ += count;
+    fetch(std::min(num_rows_ * num_done_ / num_columns_, num_rows_));
+  }
+  void rest() { fetch(num_rows_); }
+
+ private:
+  // Inlined, it takes registers from the tile of a product.
+  [[gnu::noinline]] void fetch(int64_t end) {
+    for (; row_ < end; ++row_, next_ += stride_) {
+      if (row_ == num_keys_) next_ = values_;
+      for (int64_t at = 0; at < row_size_; at += 64) __builtin_prefetch(next_ + at, 0, 2);
+    }
+  }
+
+  const char* next_;
+  const char* values_;
+  int64_t stride_;  // bytes
+  int64_t row_size_;
+  int64_t num_keys_;
+  int64_t num_rows_;  // of keys, then of values
+  int64_t num_columns_;
+  int64_t num_done_ = 0;
+  int64_t row_ = 0;
+};
+
 // scores -> 2^(scores - max); `rescale` is what earlier blocks have to be multiplied with.
 template <int NV>
 void update_softmax(const LaneRows& scores, int64_t num_keys, SweepBuffers& state,
@@ -135,42 +179,43 @@ void score_block(const LaneRows& query, const Operand& keys, int64_t dim, int64_
 // `weighted(begin)` sees w.max after them.
 template <int NV, class T, class Lanes>
 void sweep_block(const HeadCache<T>& c, int64_t begin, int64_t num_outputs, SweepBuffers& w,
-                 const Lanes& lanes) {
+                 const Lanes& lanes, BlockPrefetch<T>& ahead) {
   constexpr int64_t kWidth = NV * kLanes;
-  const int64_t n = std::min(kBlockKeys, c.num_keys - begin), next = begin + n;
+  const int64_t n = std::min(kBlockKeys, c.num_keys - begin);
   const LaneRows scores = lanes.block_scores(begin);
-  RowPrefetch<T> values(c.values + begin * c.stride, c.stride, num_outputs == 0 ? 0 : n, c.dim);
   const Operand k = rows_operand(c.keys + begin * c.stride, c.stride, n, c.dim, w.keys);
   score_block<NV>({w.query, kWidth}, k, c.dim, n, scores,
-                  [&](int64_t count) { values.next(count); });
-  values.rest();
+                  [&](int64_t count) { ahead.next(count); });
   lanes.scored(begin, n, scores);
   Float8 rescale[NV];
   update_softmax<NV>(scores, n, w, rescale);
   lanes.weighted(begin);
   if (num_outputs == 0) return;
   copy_rows(c.values + begin * c.stride, c.stride, n, c.dim, w.values);
-  const int64_t num_next = std::min(kBlockKeys, c.num_keys - next);
-  const int64_t share = (num_next + c.dim - 1) / c.dim;
-  RowPrefetch<T> keys(c.keys + next * c.stride, c.stride, num_next, c.dim);
   with_vectors(num_outputs, [&](auto vectors) {
     if constexpr (vectors() <= NV) {
       lane_product<vectors()>(scores, {w.values, c.dim, 1}, n, c.dim, rescale, {w.output, kWidth},
-                              [&](int64_t count) { keys.next(count * share); });
+                              [&](int64_t count) { ahead.next(count); });
     }
   });
 }
 
 // All keys of some heads of one sequence: block by block, and in each head by head, so that the
-// cache is read as it lies in memory.
+// cache is read as it lies in memory. `following` is the first head of the thread's next task, or
+// one without keys.
 template <int NV, class T, class Lanes>
-void sweep_heads(int64_t num_heads, const HeadCache<T>* cache, int64_t num_outputs, SweepBuffers* w,
-                 const Lanes* lanes) {
+void sweep_heads(int64_t num_heads, const HeadCache<T>* cache, const HeadCache<T>& following,
+                 int64_t num_outputs, SweepBuffers* w, const Lanes* lanes) {
   for (int64_t h = 0; h < num_heads; ++h) begin_sweep<NV>(w[h], cache[h].dim);
   for (int64_t begin = 0; begin < cache[0].num_keys; begin += kBlockKeys) {
+    const int64_t next = begin + kBlockKeys;
+    const bool is_last = next >= cache[0].num_keys;
+    BlockPrefetch<T> ahead(is_last ? following : cache[0], num_heads, is_last ? 0 : next,
+                           num_outputs > 0);
     for (int64_t h = 0; h < num_heads; ++h) {
-      sweep_block<NV>(cache[h], begin, num_outputs, w[h], lanes[h]);
+      sweep_block<NV>(cache[h], begin, num_outputs, w[h], lanes[h], ahead);
     }
+    ahead.rest();
   }
 }
 

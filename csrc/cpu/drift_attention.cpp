@@ -220,7 +220,8 @@ void AttendTask<T>::finish() const {
 // Heads `first` .. `last` - 1, vectors begin .. end - 1 of their lanes.
 template <class T>
 void attend(const DriftAttentionParams& p, const Sequence& q, const Workspace& w, int64_t first,
-            int64_t last, int64_t begin, int64_t end, float* memory) {
+            int64_t last, int64_t begin, int64_t end, const HeadCache<T>& following,
+            float* memory) {
   auto buffers = task_buffers(memory, p.head_dim);
   std::array<HeadCache<T>, kMaxHeads> cache;
   std::vector<AttendTask<T>> heads;
@@ -235,7 +236,8 @@ void attend(const DriftAttentionParams& p, const Sequence& q, const Workspace& w
       std::clamp<int64_t>(q.num_new - begin * kLanes, 0, (end - begin) * kLanes);
   const int64_t num_outputs = p.out == nullptr ? 0 : round_up(num_new, kLanes) / kLanes;
   with_vectors(end - begin, [&](auto vectors) {
-    sweep_heads<vectors()>(last - first, cache.data(), num_outputs, buffers.data(), heads.data());
+    sweep_heads<vectors()>(last - first, cache.data(), following, num_outputs, buffers.data(),
+                           heads.data());
   });
   for (const AttendTask<T>& head : heads) head.finish();
 }
@@ -323,9 +325,10 @@ void share(bool is_alone, int64_t n, const F& f) {
 }
 
 // Both phases of one sequence; called by every thread of a parallel region, or by one alone.
+// `following` is the first head of the next sequence.
 template <class T>
 void run_sequence(const DriftAttentionParams& p, const Sequence& q, const Workspace& w,
-                  float* memory, bool is_alone) {
+                  const HeadCache<T>& following, float* memory, bool is_alone) {
   // More tasks of fewer lanes, if it takes that to give every thread one.
   const int64_t vectors = q.num_vectors(), num_heads = p.num_kv_heads;
   const int64_t threads = is_alone ? 1 : max_threads();
@@ -335,8 +338,10 @@ void run_sequence(const DriftAttentionParams& p, const Sequence& q, const Worksp
   const int64_t groups = (num_heads + per_task - 1) / per_task;
   share(is_alone, groups * chunks, [&](int64_t task) {
     const int64_t chunk = task % chunks, first = task / chunks * per_task;
+    const int64_t next = (task + 1) / chunks * per_task;
     attend<T>(p, q, w, first, std::min(first + per_task, num_heads), vectors * chunk / chunks,
-              vectors * (chunk + 1) / chunks, memory);
+              vectors * (chunk + 1) / chunks,
+              next < num_heads ? head_cache<T>(p, q.index, next) : following, memory);
   });
   share(is_alone, q.num_blocks(), [&](int64_t block) { compare_block(p, q, w, block); });
   share(is_alone, 1, [&](int64_t) {
@@ -389,7 +394,8 @@ void run(const DriftAttentionParams& p, const std::vector<Sequence>& sequences) 
     float* memory = scratch.data() + own * copies + thread_index() * task;
     const Workspace w = workspace(is_alone ? thread_index() : 0);
     const auto run_one = [&](int64_t i) {
-      run_sequence<T>(p, sequences[static_cast<size_t>(i)], w, memory, is_alone);
+      const HeadCache<T> following = i + 1 < count ? head_cache<T>(p, i + 1, 0) : HeadCache<T>{};
+      run_sequence<T>(p, sequences[static_cast<size_t>(i)], w, following, memory, is_alone);
     };
     if (is_alone) {
 #pragma omp for schedule(static)

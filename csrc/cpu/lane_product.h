@@ -114,32 +114,6 @@ inline void pack_query(const T* query, float factor, int64_t head_dim, int64_t l
   for (int64_t d = 0; d < head_dim; ++d) to[d * lanes] = to_float(query[d]) * factor;
 }
 
-// Asks for rows that will be needed soon, a few at a time between the tiles of a product. A head's
-// part of a cache row is one or two cache lines, a whole row apart from the next, which hardware
-// prefetchers do not follow well; all rows at once would fill the queue of misses and stall.
-template <class T>
-class RowPrefetch {
- public:
-  RowPrefetch(const T* rows, int64_t stride, int64_t count, int64_t head_dim)
-      : row_(rows), stride_(stride), left_(count), head_dim_(head_dim) {}
-
-  void next(int64_t count) {
-    constexpr int64_t kLineElements = 64 / sizeof(T);
-    count = std::min(count, left_);
-    left_ -= count;
-    for (; count > 0; --count, row_ += stride_) {
-      for (int64_t d = 0; d < head_dim_; d += kLineElements) __builtin_prefetch(row_ + d, 0, 2);
-    }
-  }
-  void rest() { next(left_); }
-
- private:
-  const T* row_;
-  int64_t stride_;
-  int64_t left_;
-  int64_t head_dim_;
-};
-
 // n rows of head_dim elements as contiguous floats.
 template <class T>
 inline void copy_rows(const T* from, int64_t stride, int64_t n, int64_t head_dim, float* to) {

@@ -83,19 +83,20 @@ class HeadLanes {
 };
 
 template <class T>
-void run_task(const WindowAttentionParams& p, const Chunk& chunk, Heads heads, float* memory) {
+void run_task(const WindowAttentionParams& p, const Chunk& chunk, Heads heads,
+              const HeadCache<T>& following, float* memory) {
   const int64_t num_heads = heads.end - heads.begin, dim = p.head_dim;
   const int64_t num_vectors = round_up(chunk.end - chunk.begin, kLanes) / kLanes;
   auto w = task_buffers(memory, dim);
-  std::array<HeadCache<T>, kMaxHeads> cache;
-  std::array<PassingScores, kMaxHeads> scores;
+  std::array<HeadCache<T>, kMaxHeads> cache{};
+  std::array<PassingScores, kMaxHeads> scores{};
   for (int64_t h = 0; h < num_heads; ++h) {
     cache[h] = head_cache<T>(p, chunk.sequence, heads.begin + h);
     scores[h] = {{w[h].scores, num_vectors * kLanes}};
     HeadLanes<T>(p, chunk, heads.begin + h).pack(w[h].query);
   }
   with_vectors(num_vectors, [&](auto vectors) {
-    sweep_heads<vectors()>(num_heads, cache.data(), vectors(), w.data(), scores.data());
+    sweep_heads<vectors()>(num_heads, cache.data(), following, vectors(), w.data(), scores.data());
   });
   for (int64_t h = 0; h < num_heads; ++h) {
     HeadLanes<T>(p, chunk, heads.begin + h).write(w[h], cache[h].num_keys > 0);
@@ -142,6 +143,7 @@ void window_attention_cpu(const WindowAttentionParams& params) {
   const int64_t dim = params.head_dim, num_kv_heads = params.num_kv_heads;
   const int64_t per_task = heads_per_task(num_chunks, num_kv_heads, max_threads());
   const int64_t num_groups = per_task == 0 ? 0 : (num_kv_heads + per_task - 1) / per_task;
+  const int64_t num_tasks = num_chunks * num_groups;
   const double work =
       kNanosecondsPerScoreElement * plan.num_scores * static_cast<double>(num_kv_heads * dim);
   const int64_t size = SweepBuffers::size(dim);
@@ -149,12 +151,19 @@ void window_attention_cpu(const WindowAttentionParams& params) {
   with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     clear_skipped_rows<T>(params);
+    const auto chunk_of = [&](int64_t task) -> const Chunk& {
+      return plan.chunks[static_cast<size_t>(task / num_groups)];
+    };
+    const auto first_head = [&](int64_t task) { return task % num_groups * per_task; };
 #pragma omp parallel for schedule(static) if (is_worth_sharing(work))
-    for (int64_t task = 0; task < num_chunks * num_groups; ++task) {
-      const int64_t first = task % num_groups * per_task;
+    for (int64_t task = 0; task < num_tasks; ++task) {
+      const int64_t first = first_head(task), next = task + 1;
       const Heads heads{first, std::min(first + per_task, num_kv_heads)};
-      run_task<T>(params, plan.chunks[static_cast<size_t>(task / num_groups)], heads,
-                  scratch.data() + thread_index() * size);
+      HeadCache<T> following{};
+      if (next < num_tasks) {
+        following = head_cache<T>(params, chunk_of(next).sequence, first_head(next));
+      }
+      run_task<T>(params, chunk_of(task), heads, following, scratch.data() + thread_index() * size);
     }
   });
 }

@@ -1,10 +1,12 @@
-"""window_attention of a step's rows over a cached sequence; plain torch is its fused attention.
+"""window_attention of a step's rows over cached sequences; plain torch is its fused attention.
 
 Plain torch is given contiguous heads-first keys and values and returns no log-sum-exp: less work.
+Layers are taken in turn, as a step does, so that keys and values of many come from memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -13,34 +15,61 @@ from elastic_cache import ops
 from harness import Case, Data, num_bytes, run
 
 SIZES = (
-    (19, 350, 4, 4, 32),
-    (350, 350, 4, 4, 32),
-    (19, 1024, 32, 32, 128),
-    (32, 1024, 32, 8, 128),
+    # sequences, rows of each, keys of each, heads, kv_heads, head_dim, layers
+    (1, 19, 350, 4, 4, 32, 1),
+    (1, 350, 350, 4, 4, 32, 1),
+    (8, 10, 350, 4, 4, 32, 32),
+    (8, 32, 350, 4, 4, 32, 32),
+    (1, 19, 1024, 32, 32, 128, 1),
+    (1, 32, 1024, 32, 8, 128, 1),
+    (8, 32, 350, 32, 32, 128, 4),
 )
 
 
 def make_case(
-    data: Data, num_rows: int, num_keys: int, heads: int, kv_heads: int, head_dim: int
+    data: Data,
+    sequences: int,
+    num_rows: int,
+    num_keys: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    layers: int,
 ) -> Case:
-    q, k, v = (data.normal(num_keys, h, head_dim) for h in (heads, kv_heads, kv_heads))
-    rows, key_range = data.slots(num_rows, num_keys), data.int32([[0, num_keys]])
-    out = data.normal(num_rows, heads, head_dim)
-    lse = data.normal(num_rows, heads, dtype=torch.float32)
+    count = sequences * num_keys
+    caches = [
+        tuple(data.normal(count, h, head_dim) for h in (heads, kv_heads, kv_heads))
+        for _ in range(layers)
+    ]
+    listed = [data.slots(num_rows, num_keys) + s * num_keys for s in range(sequences)]
+    rows, key_range = torch.cat(listed), data.int32([[0, num_keys]] * sequences)
+    out = data.normal(sequences * num_rows, heads, head_dim)
+    lse = data.normal(sequences * num_rows, heads, dtype=torch.float32)
     slots, scale = rows.long(), 1 / math.sqrt(head_dim)
-    keys, values = (x.transpose(0, 1).contiguous() for x in (k, v))
     is_gqa = heads != kv_heads
 
-    def plain() -> None:
-        query = q[slots].transpose(0, 1)
-        F.scaled_dot_product_attention(query[None], keys[None], values[None], enable_gqa=is_gqa)
+    def heads_first(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (sequences, -1)).transpose(1, 2)
 
+    copies = [(q, heads_first(k).contiguous(), heads_first(v).contiguous()) for q, k, v in caches]
+    native_turn, plain_turn = itertools.cycle(caches), itertools.cycle(copies)
+
+    def native() -> None:
+        q, k, v = next(native_turn)
+        ops.window_attention(q, k, v, rows, key_range, scale, out, lse)
+
+    def plain() -> None:
+        q, keys, values = next(plain_turn)
+        F.scaled_dot_product_attention(heads_first(q[slots]), keys, values, enable_gqa=is_gqa)
+
+    _, k, v = caches[0]
+    many = f"{sequences} x " if sequences > 1 else ""
     return Case(
-        f"{num_rows} rows, {num_keys} keys, {heads}/{kv_heads} x {head_dim}",
-        native=lambda: ops.window_attention(q, k, v, rows, key_range, scale, out, lse),
+        f"{many}{num_rows} rows, {num_keys} keys, {heads}/{kv_heads} x {head_dim}",
+        native=native,
         plain=plain,
         num_bytes=num_bytes(k, v, out, out, lse),
-        num_flops=4 * num_rows * num_keys * heads * head_dim,
+        num_flops=4 * sequences * num_rows * num_keys * heads * head_dim,
     )
 
 

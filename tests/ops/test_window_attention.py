@@ -122,21 +122,30 @@ def test_skipped_rows_are_zero(device: torch.device, rng: torch.Generator) -> No
 
 # Keys are parted, whole (then nothing is left to combine), and whole with many rows.
 @pytest.mark.parametrize("num_sequences", [2, 4, 16])
+@pytest.mark.parametrize("heads", [(32, 32), (28, 4)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("order", ["any", "grouped", "grouped, with gaps"])
 def test_many_sequences(
     device: torch.device,
     rng: torch.Generator,
     dtype: torch.dtype,
     num_sequences: int,
+    heads: tuple[int, int],
     head_dim: int,
+    order: str,
 ) -> None:
-    """Rows of all, in any order, some skipped; one has no keys. A row's bits are as alone."""
+    """Rows of all, in any order or sequence by sequence, some skipped; one has no keys. A row's
+    bits are as alone."""
     ranges = [(s % 3, 20 + 37 * s) for s in range(num_sequences - 1)] + [(3, 3)]
-    case = make_case(rng, device, dtype, 20 * num_sequences, ranges, (32, 32), head_dim)
-    case["rows"][::7] = -1
+    case = make_case(rng, device, dtype, 20 * num_sequences, ranges, heads, head_dim)
+    if order != "any":
+        case["rows"].copy_(case["rows"].sort().values)
+    case["rows"][-5:] = -1
+    if order != "grouped":
+        case["rows"][::7] = -1
     check_close("window_attention", case)
     together = run(ops, "window_attention", case)
-    for row in (0, 1, len(case["rows"]) - 1):
+    for row in (0, 1, len(case["rows"]) // 2, len(case["rows"]) - 6):
         cut = {name: case[name][row : row + 1] for name in ("rows", "out", "lse")}
         alone = run(ops, "window_attention", {**case, **cut})
         for name in ("out", "lse"):

@@ -152,7 +152,9 @@ def test_our_answer_is_the_engines() -> None:
     assert want.trace is not None
     assert got.ids == want.ids[-48:][: want.num_tokens].tolist()
     assert (got.nfe, got.update_frequency) == (want.nfe, want.update_frequency)
-    assert len(got.step_seconds) == got.nfe and sum(got.step_seconds) <= got.seconds
+    assert len(got.step_seconds) == got.nfe
+    # The last step is over for its reader a moment after the answer is.
+    assert 0 < sum(got.step_seconds[:-1]) <= got.seconds
     assert got.first_full_layers == [step.first_full_layer for step in want.trace[1:]]
     tested = [step.similarity[0] for step in want.trace if step.similarity]
     assert got.similarity[0] == pytest.approx(sum(tested) / len(tested), abs=1e-6)

@@ -43,6 +43,7 @@ def make_case(
     ]
     listed = [data.slots(num_rows, num_keys) + s * num_keys for s in range(sequences)]
     rows, key_range = torch.cat(listed), data.int32([[0, num_keys]] * sequences)
+    segments = data.int32([[s * num_rows, 0, 0, num_rows, 0] for s in range(sequences)])
     out = data.normal(sequences * num_rows, heads, head_dim)
     lse = data.normal(sequences * num_rows, heads, dtype=torch.float32)
     slots, scale = rows.long(), 1 / math.sqrt(head_dim)
@@ -56,7 +57,7 @@ def make_case(
 
     def native() -> None:
         q, k, v = next(native_turn)
-        ops.window_attention(q, k, v, rows, key_range, scale, out, lse)
+        ops.window_attention(q, k, v, rows, segments, key_range, scale, out, lse)
 
     def plain() -> None:
         q, keys, values = next(plain_turn)

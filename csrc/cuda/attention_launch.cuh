@@ -97,9 +97,13 @@ inline int64_t num_lanes(const WindowAttentionParams& p) {
   return p.num_rows * (p.num_heads / p.num_kv_heads);
 }
 
+// A sequence gets as many blocks as it needs if all have equally many rows.
 template <int D, class B>
 void launch_blocks(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
-  const dim3 grid(blocks_for(num_lanes(p), B::kLanes), static_cast<unsigned int>(parts.num_splits),
+  const int64_t rows_of_one = (p.num_rows + p.num_sequences - 1) / p.num_sequences;
+  const int64_t lanes_of_one = rows_of_one * (p.num_heads / p.num_kv_heads);
+  const dim3 grid(static_cast<unsigned int>(p.num_sequences) * blocks_for(lanes_of_one, B::kLanes),
+                  static_cast<unsigned int>(parts.num_splits),
                   static_cast<unsigned int>(p.num_kv_heads));
   const auto map = [&](const void* cache) {
     return cache_map<D>(kOp, cache, p.num_sequences * p.capacity, p.num_kv_heads);
@@ -108,25 +112,17 @@ void launch_blocks(const WindowAttentionParams& p, const Parts& parts, Stream st
                      SharedBytes{kWgmmaBytes<D, B>}, map(p.k_cache), map(p.v_cache), p, parts);
 }
 
-// All forms give a lane the same bits.
-template <int D>
-void launch_wgmma(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
-  if (p.num_sequences == 1) return launch_blocks<D, Blocks<2, 64>>(p, parts, stream);
-  using Short = Blocks<1, 32>;
-  const int64_t num_short =
-      blocks_for(num_lanes(p), Short::kLanes) * parts.num_splits * p.num_kv_heads;
-  if (num_short <= Short::kPerSm * kAttentionBlocks) {
-    return launch_blocks<D, Short>(p, parts, stream);
-  }
-  launch_blocks<D, Blocks<1, 64>>(p, parts, stream);
-}
-
 // Returns whether there is nothing to combine.
 template <int D>
 bool launch_tensor_cores(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
+  const bool has_pieces = p.num_sequences == 1 || (p.num_sequences > 1 && p.segments != nullptr);
   if constexpr (D % wgmma::kBlockColumns == 0) {
-    if (has_cache_map(p.num_sequences * p.capacity)) {
-      launch_wgmma<D>(p, parts, stream);
+    if (has_pieces && has_cache_map(p.num_sequences * p.capacity)) {
+      if (p.num_sequences == 1) {
+        launch_blocks<D, Blocks<true>>(p, parts, stream);
+      } else {
+        launch_blocks<D, Blocks<false>>(p, parts, stream);
+      }
       return parts.num_splits == 1;
     }
   }

@@ -33,7 +33,7 @@ class MmaPart {
 
   __device__ void run() {
     // Before anything is known of the rows: most calls are of one sequence, the first.
-    KeySpan span = split_keys(p_.key_range, 0, split_, parts_.num_splits);
+    KeySpan span = split_keys(keys_of(p_.key_range, 0), split_, parts_.num_splits);
     copy_keys(0, span, 0);
     copy_queries(p_, lanes_, first_lane_, sh_);
     commit_copies();
@@ -46,7 +46,7 @@ class MmaPart {
       if (!is_first || sequence != 0) {
         wait_copies<0>();
         __syncthreads();  // what is under way goes to the same place
-        span = split_keys(p_.key_range, sequence, split_, parts_.num_splits);
+        span = split_keys(keys_of(p_.key_range, sequence), split_, parts_.num_splits);
         copy_keys(sequence, span, 0);
         commit_copies();
         copy_values(sequence, span, 0);

@@ -25,18 +25,22 @@ struct Parts {
 // Log-sum-exp, of a maximum (base 2) and a sum relative to it.
 __device__ inline float log_sum(float max, float sum) { return (max + log2f(sum)) * kLn2; }
 
-// Tiles of a sequence's keys are shared out evenly over the splits.
 struct KeySpan {
   int begin;
   int end;
 };
 
-__device__ inline KeySpan split_keys(const int32_t* key_range, int sequence, int split,
-                                     int num_splits) {
-  const int first = key_range[2 * sequence], last = key_range[2 * sequence + 1];
-  const int tiles = (max(last - first, 0) + kTileKeys - 1) / kTileKeys;
+__device__ inline KeySpan keys_of(const int32_t* key_range, int sequence) {
+  return {key_range[2 * sequence], key_range[2 * sequence + 1]};
+}
+
+// Tiles of a sequence's keys are shared out evenly over the splits.
+__device__ inline KeySpan split_keys(const KeySpan& keys, int split, int num_splits) {
+  if (num_splits == 1) return keys;  // spares two divisions, for which keys would wait
+  const int tiles = (max(keys.end - keys.begin, 0) + kTileKeys - 1) / kTileKeys;
   const auto tile = [&](int i) { return tiles * i / num_splits; };
-  return {first + tile(split) * kTileKeys, min(first + tile(split + 1) * kTileKeys, last)};
+  return {keys.begin + tile(split) * kTileKeys,
+          min(keys.begin + tile(split + 1) * kTileKeys, keys.end)};
 }
 
 // Lane of a key/value head -> row (R or beyond: none), item, and sequence (-1: skip).
@@ -51,6 +55,7 @@ struct LaneMap {
         num_rows(static_cast<int>(p.num_rows)),
         num_heads(static_cast<int>(p.num_heads)),
         first_head(kv_head * group) {}
+  __device__ int num_lanes() const { return num_rows * group; }
   __device__ int row(int lane) const { return lane / group; }
   __device__ int head(int lane) const { return first_head + lane % group; }
   __device__ int64_t item(int lane) const { return int64_t{row(lane)} * num_heads + head(lane); }

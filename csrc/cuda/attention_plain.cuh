@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kPlainLanes* kWarpSize, 2)
   const float factor = p.scale * kLog2E;
   for (int sequence = next_sequence(sequences, kPlainLanes, -1); sequence != kNoSequence;
        sequence = next_sequence(sequences, kPlainLanes, sequence)) {
-    const KeySpan span = split_keys(p.key_range, sequence, split, parts.num_splits);
+    const KeySpan span = split_keys(keys_of(p.key_range, sequence), split, parts.num_splits);
     float top = -INFINITY, sum = 0.0f;
     for (int d = thread; d < dim; d += kWarpSize) out[d] = 0.0f;
     for (int begin = span.begin; begin < span.end; begin += kWarpSize) {

@@ -5,9 +5,9 @@
 // many as fit are on their way at once. The scores of the next tile and the output of the one
 // before are multiplied while a tile's weights are computed.
 // Keys that are not split need no combining: then this kernel writes what that one would.
+// A block takes lanes of one sequence, a piece of them after the other.
 // The subtle thing: nothing a lane's result goes through depends on which lanes, or how many, are
-// beside it. Rows of several sequences in a block: it runs over the keys of each, every warpgroup
-// computing where a lane of its own is concerned.
+// beside it.
 #pragma once
 
 #include <cmath>
@@ -24,20 +24,19 @@ namespace elastic_cache::cuda::attention {
 constexpr int kGroupLanes = 64;
 constexpr int kGroupThreads = 128;
 
-// The form of a block: its warpgroups, and how many lanes of each are used. A block runs over its
-// sequences one after the other, waiting for memory most of the time. So with rows of several it is
-// better to have few lanes in a block, and two blocks to a multiprocessor.
-template <int kGroups_, int kUsedLanes_>
+// The form of a block, for lanes of one sequence or of several: its warpgroups share its tiles. A
+// block waits for memory most of the time, so of the many that several sequences need it is better
+// to have two small ones to a multiprocessor.
+template <bool kOfOne_>
 struct Blocks {
-  static constexpr int kGroups = kGroups_;
-  static constexpr int kUsedLanes = kUsedLanes_;
-  static constexpr int kLanes = kGroups * kUsedLanes;
+  static constexpr bool kOfOne = kOfOne_;
+  static constexpr int kGroups = kOfOne ? 2 : 1;
+  static constexpr int kLanes = kGroups * kGroupLanes;
   static constexpr int kPerSm = 2 / kGroups;
   static constexpr int kStages = 2 + kGroups;
   static constexpr int kCopyThread = kGroups * kGroupThreads;  // the 127 after it do nothing
   static constexpr int kThreads = kCopyThread + kGroupThreads;
   static constexpr int kRegisters = kPerSm == 1 ? 240 : 232;  // of a thread that multiplies
-  static_assert(kGroups == 1 || kUsedLanes == kGroupLanes);
 };
 
 template <int D>
@@ -74,7 +73,8 @@ class WgmmaPart {
         parts_(parts),
         sh_(*reinterpret_cast<Shared*>(memory)),
         lanes_(p, static_cast<int>(blockIdx.z)),
-        first_lane_(static_cast<int>(blockIdx.x) * B::kLanes) {}
+        num_blocks_(static_cast<int>(gridDim.x) / (B::kOfOne ? 1 : num_sequences(p))),
+        sequence_(B::kOfOne ? 0 : static_cast<int>(blockIdx.x) / num_blocks_) {}
 
   // By one thread.
   __device__ void init_barriers() const {
@@ -88,39 +88,39 @@ class WgmmaPart {
 
   // Warpgroups that have lanes.
   __device__ int num_groups() const {
-    return lanes_.num_rows * lanes_.group - first_lane_ > kGroupLanes ? B::kGroups : 1;
+    const int first = static_cast<int>(blockIdx.x) * B::kLanes;
+    return lanes_.num_lanes() - first > kGroupLanes ? B::kGroups : 1;
   }
 
+  // By one thread.
   __device__ void copy_tiles(const CUtensorMap* key_map, const CUtensorMap* value_map) const {
-    // Asked for before anything is known of the rows: most calls are of one sequence, the first.
-    const KeySpan first = span_of(0);
-    const Sequences all = sequences();
+    const Run run = block_run();
     Place at;
-    for (int s = all.next(-1); s != kNoSequence; s = all.next(s)) {
-      const KeySpan span = s == 0 ? first : span_of(s);
-      if (thread() == 0) copy_sequence(s, span, at, key_map, value_map);
-      at.index += num_tiles(span);
+    for (Piece piece = first_piece(run); piece.exists(); piece = piece_after(piece, run)) {
+      copy_span(span_of(piece, run), at, key_map, value_map);
     }
   }
 
   __device__ void run() {
-    copy_queries();
-    const Sequences all = sequences();
-    const int sequence[2] = {has_lanes() ? lanes_.sequence(p_, lane(0)) : -1,
-                             has_lanes() ? lanes_.sequence(p_, lane(1)) : -1};
-    wait_copies<0>();
-    sync(1 + group(), kGroupThreads);
-    Queries queries;
-    load_queries(queries);
+    const Run run = block_run();
     Place at;
-    for (int s = all.next(-1); s != kNoSequence; s = all.next(s)) {
-      if (all.are_in_group(s)) {
-        run_sequence(span_of(s), queries, at, {sequence[0] == s, sequence[1] == s});
-      } else {
-        skip_sequence(span_of(s), at);
-      }
+    Piece piece = first_piece(run);
+    int64_t query = query_of(piece, run);  // asked for ahead of all that the loop has to prepare
+    for (; piece.exists(); piece = piece_after(piece, run), query = query_of(piece, run)) {
+      const unsigned int has_query = __ballot_sync(kFullWarp, query >= 0);
+      const bool is_mine[2] = {(has_query >> (thread() / 4) & 1) != 0,
+                               (has_query >> (thread() / 4 + 8) & 1) != 0};
+      copy_queries(query);
+      wait_copies<0>();
+      __syncwarp();
+      Queries queries;
+      load_queries(queries);
+      LaneState<D> state;
+      add_span(state, span_of(piece, run), queries, at);
+      write(state, piece, run, is_mine);
+      if (is_whole()) write_skipped(piece, run, is_mine);
+      __syncwarp();  // the queries have been read
     }
-    if (is_whole() && has_lanes()) write_skipped({sequence[0] < 0, sequence[1] < 0});
   }
 
  private:
@@ -130,68 +130,76 @@ class WgmmaPart {
   using Weights = uint32_t[kTileKeys / 16][4];
   using Queries = uint32_t[D / 16][4];
 
-  // Thread i of a warp: sequences of the block's lanes i, i + 32, ...
-  struct Sequences {
-    int of[B::kLanes / kWarpSize];
-
-    // The smallest above `after`.
-    __device__ int next(int after) const {
-      int best = kNoSequence;
-#pragma unroll
-      for (int i = 0; i < B::kLanes / kWarpSize; ++i) {
-        if (of[i] > after) best = min(best, of[i]);
-      }
-      return __reduce_min_sync(kFullWarp, best);
-    }
-    // Whether a lane of this warpgroup is of that sequence.
-    __device__ bool are_in_group(int sequence) const {
-      bool is_one = false;
-#pragma unroll
-      for (int i = 0; i < B::kLanes / kWarpSize; ++i) {
-        is_one |= of[i] == sequence && i / (B::kUsedLanes / kWarpSize) == group();
-      }
-      return __any_sync(kFullWarp, is_one);
-    }
-  };
-  __device__ Sequences sequences() const {
-    Sequences all;
-#pragma unroll
-    for (int i = 0; i < B::kLanes / kWarpSize; ++i) {
-      all.of[i] = lanes_.sequence(p_, first_lane_ + i * kWarpSize + thread());
-    }
-    return all;
+  __device__ static int num_sequences(const WindowAttentionParams& p) {
+    return static_cast<int>(p.num_sequences);
   }
+  // The rows of the block's sequence. Those of the last one are taken to go on to the end of the
+  // list; they are skipped there and want no keys.
+  struct Run {
+    int first_row;
+    int num_lanes;
+    int num_with_keys;
+    KeySpan keys;
+  };
+  // Lanes first .. end - 1 of a run.
+  struct Piece {
+    int first;
+    int end;
+    __device__ bool exists() const { return first < end; }
+  };
 
-  __device__ static int thread() { return static_cast<int>(threadIdx.x) % kWarpSize; }
-  __device__ static int group() { return static_cast<int>(threadIdx.x) / kGroupThreads; }
+  __device__ Run block_run() const {
+    const int num_rows = lanes_.num_rows, group = lanes_.group;
+    const KeySpan keys = keys_of(p_.key_range, sequence_);
+    if constexpr (B::kOfOne) return {0, num_rows * group, num_rows * group, keys};
+    const int32_t* segment = p_.segments + sequence_ * kSegmentColumns;
+    const int first_row = segment[kSegmentBegin], most = max(num_rows - first_row, 0);
+    int count = 0;
+#pragma unroll
+    for (int column = kSegmentTracked; column < kSegmentColumns; ++column) count += segment[column];
+    count = min(count, most);
+    const bool is_last = sequence_ == num_sequences(p_) - 1;
+    return {first_row, (is_last ? most : count) * group, count * group, keys};
+  }
+  __device__ Piece first_piece(const Run& run) const {
+    return cut((static_cast<int>(blockIdx.x) - sequence_ * num_blocks_) * B::kLanes, run);
+  }
+  __device__ Piece piece_after(const Piece& piece, const Run& run) const {
+    return cut(piece.first + num_blocks_ * B::kLanes, run);
+  }
+  __device__ static Piece cut(int first, const Run& run) {
+    return {first, min(first + B::kLanes, run.num_lanes)};
+  }
+  __device__ KeySpan span_of(const Piece& piece, const Run& run) const {
+    if (piece.first >= run.num_with_keys) return {0, 0};
+    return split_keys(run.keys, static_cast<int>(blockIdx.y), parts_.num_splits);
+  }
+  __device__ static int thread() { return static_cast<int>(threadIdx.x % kWarpSize); }
+  __device__ static int group() { return static_cast<int>(threadIdx.x / kGroupThreads); }
   // The warp's first lane of the 64 of its group.
   __device__ static int warp_lane() {
-    return static_cast<int>(threadIdx.x) % kGroupThreads / kWarpSize * 16;
+    return static_cast<int>(threadIdx.x % kGroupThreads / kWarpSize * 16);
   }
-  // Of the call's lanes, the warpgroup's first, and the one of a row of this thread's C fragments.
-  __device__ int group_lane() const { return first_lane_ + group() * kGroupLanes; }
-  __device__ int lane(int half) const {
-    return group_lane() + warp_lane() + half * 8 + thread() / 4;
+  // Of the run's lanes, the one of a row of this thread's C fragments.
+  __device__ static int lane(const Piece& piece, int half) {
+    return piece.first + group() * kGroupLanes + warp_lane() + half * 8 + thread() / 4;
   }
-  // Whether this warp's are among those that the block uses.
-  __device__ static bool has_lanes() { return warp_lane() < B::kUsedLanes; }
+  __device__ int64_t item(const Piece& piece, const Run& run, int half) const {
+    return int64_t{run.first_row} * lanes_.num_heads + lanes_.item(lane(piece, half));
+  }
   __device__ static void sync(int barrier, int num_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
   }
 
-  __device__ KeySpan span_of(int sequence) const {
-    return split_keys(p_.key_range, sequence, static_cast<int>(blockIdx.y), parts_.num_splits);
-  }
   __device__ static int num_tiles(const KeySpan& span) {
     return (max(span.end - span.begin, 0) + kTileKeys - 1) / kTileKeys;
   }
 
-  // One thread copies the tiles of a sequence.
-  __device__ void copy_sequence(int sequence, const KeySpan& span, Place at,
-                                const CUtensorMap* key_map, const CUtensorMap* value_map) const {
+  __device__ void copy_span(const KeySpan& span, Place& at, const CUtensorMap* key_map,
+                            const CUtensorMap* value_map) const {
     const uint64_t policy = evict_first_policy();
     const int block = static_cast<int>(blockIdx.z) * (D / wgmma::kBlockColumns);
-    int slot = sequence * static_cast<int>(p_.capacity) + span.begin;
+    int slot = sequence_ * static_cast<int>(p_.capacity) + span.begin;
     for (int tile = num_tiles(span); tile > 0; --tile, ++at.index, slot += kTileKeys) {
       const int i = at.slot();
       wait_barrier(shared_address(&sh_.is_free[i]), at.parity() ^ 1);
@@ -204,17 +212,25 @@ class WgmmaPart {
     }
   }
 
-  __device__ void copy_queries() const {
-    const auto* queries = static_cast<const __nv_bfloat16*>(p_.q_cache);
-    const int first = group_lane();
+  // Of the warp's 16 lanes number thread() % 16: which of all queries it has; -1: the piece has no
+  // such lane, or its row is skipped.
+  __device__ int64_t query_of(const Piece& piece, const Run& run) const {
+    const int lane = piece.first + group() * kGroupLanes + warp_lane() + thread() % 16;
+    const int row = lanes_.row(lane), head = lanes_.first_head + lane - row * lanes_.group;
+    const int slot = lane < piece.end ? p_.rows[run.first_row + row] : -1;
+    return slot < 0 ? -1 : int64_t{slot} * lanes_.num_heads + head;
+  }
+  // The warp's own: no other reads them. Where there is none, anything may lie: no lane's result
+  // depends on another's query.
+  __device__ void copy_queries(int64_t query) const {
+    constexpr int kRowVectors = D / 8, kStep = kWarpSize / kRowVectors;
+    const int column = thread() % kRowVectors * 8;
+    const auto* from = static_cast<const __nv_bfloat16*>(p_.q_cache) + column;
 #pragma unroll
-    for (int i = 0; i < kGroupLanes * (D / 8) / kGroupThreads; ++i) {
-      const int at = static_cast<int>(threadIdx.x) % kGroupThreads + i * kGroupThreads;
-      const int m = at / (D / 8), column = at % (D / 8) * 8;
-      const int slot = m < B::kUsedLanes ? lanes_.slot(p_, first + m) : -1;
-      const int64_t from =
-          slot < 0 ? 0 : (int64_t{slot} * lanes_.num_heads + lanes_.head(first + m)) * D;
-      copy_async(sh_.queries[group()].at(m, column), queries + from + column, slot >= 0);
+    for (int i = 0; i < 16; i += kStep) {
+      const int m = i + thread() / kRowVectors;
+      const int64_t at = __shfl_sync(kFullWarp, query, m);
+      copy_async_if(at >= 0, sh_.queries[group()].at(warp_lane() + m, column), from + at * D);
     }
     commit_copies();
   }
@@ -226,18 +242,8 @@ class WgmmaPart {
     }
   }
 
-  // Tiles that no lane of this group wants.
-  __device__ void skip_sequence(const KeySpan& span, Place& at) const {
-    for (int count = span.end - span.begin; count > 0; count -= kTileKeys, ++at.index) {
-      wait_values(at, count);
-      release(at);
-    }
-  }
-
-  // is_mine: whether this thread's lanes are of that sequence.
-  __device__ __forceinline__ void run_sequence(const KeySpan& span, Queries& queries, Place& at,
-                                               const bool (&is_mine)[2]) const {
-    LaneState<D> state;
+  __device__ __forceinline__ void add_span(LaneState<D>& state, const KeySpan& span,
+                                           Queries& queries, Place& at) const {
     state.clear();
     int count = span.end - span.begin;  // of the keys not yet added
     if (count > 0) {
@@ -253,7 +259,6 @@ class WgmmaPart {
       release(at);
       ++at.index;
     }
-    write(state, is_mine);
   }
 
   __device__ __forceinline__ void first_weights(LaneState<D>& state, Queries& queries,
@@ -362,22 +367,25 @@ class WgmmaPart {
     *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(p_.out) + at) = four;
   }
 
-  // Rows that are not there.
-  __device__ void write_skipped(const bool (&is_skipped)[2]) const {
+  // Lanes of rows that are skipped.
+  __device__ void write_skipped(const Piece& piece, const Run& run,
+                                const bool (&is_mine)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (!is_skipped[half] || lanes_.row(lane(half)) >= lanes_.num_rows) continue;
-      const int64_t item = lanes_.item(lane(half));
-      if (thread() % 4 == 0) p_.lse[item] = 0.0f;
+      if (is_mine[half] || lane(piece, half) >= piece.end) continue;
+      const int64_t at = item(piece, run, half);
+      if (thread() % 4 == 0) p_.lse[at] = 0.0f;
 #pragma unroll
       for (int n = 0; n < D / 8; n += 2) {
-        write_whole(item * D + store_column() + n * 8, make_float4(0, 0, 0, 0));
+        write_whole(at * D + store_column() + n * 8, make_float4(0, 0, 0, 0));
       }
     }
   }
 
   // Neighbouring threads exchange halves of two groups of columns: a thread stores four floats.
-  __device__ __forceinline__ void write(LaneState<D>& state, const bool (&is_mine)[2]) const {
+  // is_mine: whether this thread has the lane, and its row is not skipped.
+  __device__ __forceinline__ void write(LaneState<D>& state, const Piece& piece, const Run& run,
+                                        const bool (&is_mine)[2]) const {
     const int64_t first_item = blockIdx.y * p_.num_rows * p_.num_heads;
     const bool is_odd = thread() % 2 != 0;
 #pragma unroll
@@ -385,16 +393,16 @@ class WgmmaPart {
       float sum = state.sum[half];
       sum += __shfl_xor_sync(kFullWarp, sum, 1);
       sum += __shfl_xor_sync(kFullWarp, sum, 2);
-      const int64_t item = first_item + lanes_.item(lane(half));
+      const int64_t at = first_item + item(piece, run, half);
       if (is_mine[half] && thread() % 4 == 0) {
         if (is_whole()) {
-          p_.lse[item] = log_sum(state.max[half], sum);
+          p_.lse[at] = log_sum(state.max[half], sum);
         } else {
-          parts_.softmax[item] = make_float2(state.max[half], sum);
+          parts_.softmax[at] = make_float2(state.max[half], sum);
         }
       }
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const int64_t to = item * D + store_column();
+      const int64_t to = at * D + store_column();
 #pragma unroll
       for (int n = 0; n < D / 8; n += 2) {
         const float* left = &state.out[n][half * 2];
@@ -418,7 +426,8 @@ class WgmmaPart {
   const Parts& parts_;
   Shared& sh_;
   LaneMap lanes_;
-  int first_lane_;
+  int num_blocks_;  // of a sequence, which take its pieces in turn
+  int sequence_;
 };
 #endif
 
@@ -442,7 +451,7 @@ __global__ void __launch_bounds__(B::kThreads, B::kPerSm)
   wait_for_previous();
   if (thread >= B::kCopyThread) {
     wgmma::give_registers<24>();
-    if (thread < B::kCopyThread + kWarpSize) part.copy_tiles(&key_map, &value_map);
+    if (thread == B::kCopyThread) part.copy_tiles(&key_map, &value_map);
   } else if (thread / kGroupThreads < part.num_groups()) {
     wgmma::take_registers<B::kRegisters>();
     part.run();

@@ -22,6 +22,7 @@ WindowAttentionParams attention_of(const DriftAttentionParams& p) {
           .k_cache = p.k_cache,
           .v_cache = p.v_cache,
           .rows = p.rows,
+          .segments = p.segments,
           .key_range = p.key_range,
           .out = p.out,
           .lse = p.lse,

@@ -178,6 +178,33 @@ class Checks {
     }
   }
 
+  // Rows lie sequence by sequence, from row 0 on, as `segments` [S, columns] says; behind those of
+  // the last sequence all are skipped.
+  void rows_of_segments(const Tensor& rows, const Tensor& segments, int64_t capacity) const {
+    if (!rows.is_cpu()) return;
+    const auto* slots = static_cast<const int32_t*>(rows.const_data_ptr());
+    const auto* segment = static_cast<const int32_t*>(segments.const_data_ptr());
+    const int64_t num_rows = rows.size(0), num_sequences = segments.size(0);
+    this->segments(segments, num_rows, true);
+    int64_t row = 0;
+    for (int64_t s = 0; s <= num_sequences; ++s, segment += kSegmentColumns) {
+      int64_t end = num_rows;
+      if (s < num_sequences) {
+        that(segment[kSegmentBegin] == row, "segments must lie one behind the other, got begin ",
+             segment[kSegmentBegin], " instead of ", row, " for sequence ", s);
+        end = row;
+        for (int column = kSegmentTracked; column < kSegmentColumns; ++column) {
+          end += segment[column];
+        }
+      }
+      for (; row < end; ++row) {
+        that(slots[row] < 0 || (s < num_sequences && slots[row] / capacity == s),
+             "rows must be of the sequence that segments says, got slot ", slots[row], " at row ",
+             row);
+      }
+    }
+  }
+
  private:
   const char* op_;
   DType dtype_ = DType::kFloat32;

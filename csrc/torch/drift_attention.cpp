@@ -42,6 +42,7 @@ void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor&
   check.indices("rows", rows, slots);
   check.key_range(key_range, capacity);
   check.segments(segments, num_rows, q_old && k_old);
+  check.rows_of_segments(rows, segments, capacity);
   const DriftAttentionParams params{.dtype = check.dtype(),
                                     .num_sequences = num_sequences,
                                     .num_rows = num_rows,

@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
       "k_old) -> ()");
   m.def(
       "window_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor rows, "
-      "Tensor key_range, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "Tensor? segments, Tensor key_range, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "drift_attention(Tensor q_cache, Tensor k_cache, Tensor v_cache, Tensor? q_old, "
       "Tensor? k_old, Tensor rows, Tensor segments, Tensor key_range, float scale, "

@@ -18,6 +18,7 @@
 namespace elastic_cache::ops {
 namespace {
 
+#ifdef ELASTIC_CACHE_CUDA
 // For how many bfloat16 rows torch's product is faster with a bias than without: with one it asks
 // cuBLASLt, without one cuBLAS, which chooses other kernels [measured on an H200, microseconds for
 // the four products of a LLaDA-8B layer, with / without: 123.1 / 123.3 at 16 rows, 119.3 / 124.2 at
@@ -26,7 +27,6 @@ bool prefers_bias(int64_t num_rows) {
   return (num_rows > 16 && num_rows <= 112) || num_rows >= 512;
 }
 
-#ifdef ELASTIC_CACHE_CUDA
 std::optional<Tensor> zeros_for(const Tensor& out) {
   if (!out.is_cuda() || !prefers_bias(out.size(0)) ||
       out.scalar_type() != torch::headeronly::ScalarType::BFloat16) {

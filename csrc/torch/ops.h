@@ -26,8 +26,8 @@ void cache_write(const Tensor& qkv, const Tensor& rows, const Tensor& rope, int6
                  const std::optional<Tensor>& k_old);
 
 void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
-                      const Tensor& rows, const Tensor& key_range, double scale, const Tensor& out,
-                      const Tensor& lse);
+                      const Tensor& rows, const std::optional<Tensor>& segments,
+                      const Tensor& key_range, double scale, const Tensor& out, const Tensor& lse);
 
 void drift_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor& v_cache,
                      const std::optional<Tensor>& q_old, const std::optional<Tensor>& k_old,

@@ -5,13 +5,15 @@
 
 #include <cmath>
 #include <iostream>
+#include <optional>
 
 int main() {
   const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("elastic_cache::window_attention", "")
           .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                      const at::Tensor&, double, const at::Tensor&, const at::Tensor&)>();
+                      const std::optional<at::Tensor>&, const at::Tensor&, double,
+                      const at::Tensor&, const at::Tensor&)>();
   std::cout << op.schema() << "\n";
 
   const int64_t capacity = 256, heads = 4, head_dim = 32, num_rows = 8;
@@ -23,7 +25,7 @@ int main() {
   const at::Tensor out = at::empty({num_rows, heads, head_dim});
   const at::Tensor lse = at::empty({num_rows, heads});
 
-  op.call(q, k, v, rows, key_range, scale, out, lse);
+  op.call(q, k, v, rows, std::nullopt, key_range, scale, out, lse);
 
   const at::Tensor scores =
       at::einsum("rhd,khd->hrk", {q.index_select(0, rows), k}).to(at::kDouble) * scale;

@@ -94,6 +94,8 @@ class Forward:
             overwritten = None
         looks = drift is not None and overwritten is None and self._can_peek
         verdict = state.first_full_layer.numpy() if looks else None
+        # Of a single sequence a plan may have listed the rows, and then segments does not say them.
+        places = segments if self._cache.num_sequences > 1 else None
         for index, layer in enumerate(self._layers):
             if verdict is not None and max(verdict.tolist()) <= index:
                 self._store_input(index, rows, work)
@@ -105,7 +107,7 @@ class Forward:
                 q_old, k_old = work.q_old, work.k_old
             self._project_qkv(index, rows, work, segments, q_old, k_old, is_first=index == 0)
             if drift is None or overwritten is not None:
-                self._attend(index, rows, state, work.attention, lse)
+                self._attend(index, rows, places, state, work.attention, lse)
             else:
                 self._attend_and_test(index, rows, segments, drift, state, work)
                 if verdict is not None:
@@ -176,7 +178,7 @@ class Forward:
     ) -> torch.Tensor:
         """Attention of a sequence's positions over all of them, [T, H * D]: on a GPU torch's."""
         if slots.device.type == "cpu":
-            self._attend(index, slots, state, work.attention, work.lse)
+            self._attend(index, slots, None, state, work.attention, work.lse)
             return work.attention_flat
         cached, length = self._cache.layers[index], len(slots)
         begin = slots.storage_offset()  # slots are begin, begin + 1, ...
@@ -257,6 +259,7 @@ class Forward:
         self,
         index: int,
         rows: torch.Tensor,
+        segments: torch.Tensor | None,
         state: DecodeState,
         out: torch.Tensor,
         lse: torch.Tensor,
@@ -267,6 +270,7 @@ class Forward:
             cached.k,
             cached.v,
             rows,
+            segments,
             state.key_range,
             self._scale,
             out,

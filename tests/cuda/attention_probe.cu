@@ -107,13 +107,28 @@ Op make_op(const Shape& shape, int num_sequences, int num_rows, int capacity) {
   return op;
 }
 
+// Of segments the part that says where the first `num_rows` rows are.
+std::vector<int32_t> first_rows(std::vector<int32_t> segments, int num_rows) {
+  for (size_t s = 0; s < segments.size(); s += kSegmentColumns) {
+    int left = num_rows - segments[s];
+    segments[s] = std::min(segments[s], num_rows);
+    for (int column = kSegmentTracked; column < kSegmentColumns; ++column) {
+      int32_t& count = segments[s + static_cast<size_t>(column)];
+      count = std::clamp(left, 0, count);
+      left -= count;
+    }
+  }
+  return segments;
+}
+
 // The first `num_rows` rows: all by drift_attention, fewer by window_attention. `out` is allocated
 // `missing_bytes` too short.
 Result run(const Case& c, int num_rows, size_t missing_bytes = 0) {
   const Shape& shape = c.shape;
   const bool is_whole = num_rows == c.num_rows();
   const Buffer q = upload(shape.dtype, c.q), k = upload(shape.dtype, c.k);
-  const Buffer v = upload(shape.dtype, c.v), rows(c.rows), segments(c.segments);
+  const Buffer v = upload(shape.dtype, c.v), rows(c.rows);
+  const Buffer segments(first_rows(c.segments, num_rows));
   const Buffer q_old = upload(shape.dtype, c.q_old), k_old = upload(shape.dtype, c.k_old);
   const Buffer key_range(c.key_range);
   const size_t size = shape.dtype == DType::kBFloat16 ? 2 : 4;
@@ -125,6 +140,7 @@ Result run(const Case& c, int num_rows, size_t missing_bytes = 0) {
   auto& a = op.attention;
   a.q_cache = q.as<void>(), a.k_cache = k.as<void>(), a.v_cache = v.as<void>();
   a.rows = rows.as<int32_t>(), a.key_range = key_range.as<int32_t>();
+  a.segments = segments.as<int32_t>();
   a.out = out.as<void>(), a.lse = lse.as<float>();
   const Buffer attention_space(static_cast<size_t>(window_attention_workspace(a)));
   a.workspace = attention_space.as<void>();

@@ -70,7 +70,8 @@ def write_log_sums(case: Case) -> None:
         found = torch.empty(len(rows), lse.shape[1], dtype=torch.float64, device=lse.device)
         reference.window_attention(
             case["q_cache"][layer].double(), keys[layer], keys[layer].nan_to_num(), rows,
-            case["key_range"], case["scale"], case["q_old"][layer, : len(rows)].double(), found,
+            None, case["key_range"], case["scale"],
+            case["q_old"][layer, : len(rows)].double(), found,
         )  # fmt: skip
         lse[: len(rows)][listed] = found[listed].float()
 

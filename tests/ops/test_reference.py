@@ -29,7 +29,7 @@ def test_window_attention_is_sdpa(rng: torch.Generator, num_kv_heads: int) -> No
     k, v = (random(rng, 40, num_kv_heads, D) for _ in range(2))
     rows = int32([5, 25, 0, 39, 19])
     out, lse = random(rng, 5, H, D), random(rng, 5, H)
-    reference.window_attention(q, k, v, rows, int32(key_range), 1 / math.sqrt(D), out, lse)
+    reference.window_attention(q, k, v, rows, None, int32(key_range), 1 / math.sqrt(D), out, lse)
     for r, slot in enumerate(rows.tolist()):
         first, last = (slot // capacity * capacity + p for p in key_range[slot // capacity])
         query = q[slot, :, None]  # [H, 1, D]

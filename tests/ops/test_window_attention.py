@@ -55,6 +55,7 @@ def make_case(
         "k_cache": k,
         "v_cache": v,
         "rows": rows,
+        "segments": None,
         "key_range": int32(key_ranges, device),
         "scale": 1 / math.sqrt(head_dim) if scale is None else scale,
         "out": poisoned(num_rows, num_heads, head_dim, **kind),
@@ -69,7 +70,8 @@ def test_example(device: torch.device) -> None:
     v = torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]], [[9.0, 9.0]]], device=device)
     out = poisoned(2, 1, 2, dtype=torch.float32, device=device)
     lse = poisoned(2, 1, dtype=torch.float32, device=device)
-    ops.window_attention(q, k, v, int32([0, -1], device), int32([[0, 2]], device), 0.5, out, lse)
+    rows, key_range = int32([0, -1], device), int32([[0, 2]], device)
+    ops.window_attention(q, k, v, rows, None, key_range, 0.5, out, lse)
     torch.testing.assert_close(out.cpu(), torch.tensor([[[2.0, 2.0]], [[0.0, 0.0]]]))
     torch.testing.assert_close(lse.cpu(), torch.tensor([[1 + math.log(2)], [0.0]]))
 
@@ -120,8 +122,36 @@ def test_skipped_rows_are_zero(device: torch.device, rng: torch.Generator) -> No
     check_close("window_attention", case)
 
 
-# Keys are parted, whole (then nothing is left to combine), and whole with many rows.
-@pytest.mark.parametrize("num_sequences", [2, 4, 16])
+def group(case: Case) -> Case:
+    """The same rows sequence by sequence, those skipped behind the others; and `segments`."""
+    num_sequences, num_slots = len(case["key_range"]), len(case["q_cache"])
+    rows = case["rows"]
+    order = torch.where(rows < 0, num_slots, rows).sort().indices
+    grouped = rows[order]
+    sequence = grouped[grouped >= 0].cpu() // (num_slots // num_sequences)
+    count = torch.bincount(sequence, minlength=num_sequences)
+    segments = torch.zeros(num_sequences, 5, dtype=torch.int32)
+    segments[:, 0] = count.cumsum(0) - count
+    segments[:, 1] = count // 3  # of which kind a row is does not matter
+    segments[:, 4] = count - count // 3
+    return {**case, "rows": grouped, "segments": segments.to(rows.device)}
+
+
+def only_rows(case: Case, begin: int, end: int) -> Case:
+    """Rows begin .. end - 1 alone."""
+    cut = {name: case[name][begin:end] for name in ("rows", "out", "lse")}
+    segments = case["segments"]
+    if segments is not None:
+        first = segments[:, 0].clamp(begin, end)
+        last = (segments[:, 0] + segments[:, 1:].sum(1)).clamp(begin, end)
+        segments = torch.zeros_like(segments)
+        segments[:, 0], segments[:, 2] = first - begin, last - first
+    return {**case, **cut, "segments": segments}
+
+
+# Keys are parted, whole (then nothing is left to combine), and whole with many rows; of 35 there
+# are more than a warp looks at in one go.
+@pytest.mark.parametrize("num_sequences", [2, 4, 16, 35])
 @pytest.mark.parametrize("heads", [(32, 32), (28, 4)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("order", ["any", "grouped", "grouped, with gaps"])
@@ -136,20 +166,33 @@ def test_many_sequences(
 ) -> None:
     """Rows of all, in any order or sequence by sequence, some skipped; one has no keys. A row's
     bits are as alone."""
-    ranges = [(s % 3, 20 + 37 * s) for s in range(num_sequences - 1)] + [(3, 3)]
+    ranges = [(s % 3, 20 + 11 * s) for s in range(num_sequences - 1)] + [(3, 3)]
     case = make_case(rng, device, dtype, 20 * num_sequences, ranges, heads, head_dim)
     if order != "any":
-        case["rows"].copy_(case["rows"].sort().values)
-    case["rows"][-5:] = -1
+        case = group(case)
     if order != "grouped":
         case["rows"][::7] = -1
     check_close("window_attention", case)
     together = run(ops, "window_attention", case)
-    for row in (0, 1, len(case["rows"]) // 2, len(case["rows"]) - 6):
-        cut = {name: case[name][row : row + 1] for name in ("rows", "out", "lse")}
-        alone = run(ops, "window_attention", {**case, **cut})
+    for row in (0, 1, len(case["rows"]) // 2, len(case["rows"]) * 3 // 4):
+        alone = run(ops, "window_attention", only_rows(case, row, row + 1))
         for name in ("out", "lse"):
             assert_same_bits(f"{name} of row {row}", alone[name][0], together[name][row])
+
+
+@pytest.mark.parametrize("counts", [[150, 1, 0, 3], [0, 0, 0, 7], [0, 0, 0, 0]], ids=str)
+def test_unequal_sequences(
+    device: torch.device, rng: torch.Generator, dtype: torch.dtype, counts: list[int]
+) -> None:
+    """A sequence may have most of the rows, or all, or none; those behind are skipped."""
+    capacity = 160
+    case = make_case(rng, device, dtype, 160, [(0, capacity - 2)] * 4, (4, 4), 128)
+    slots = [s * capacity + i for s, count in enumerate(counts) for i in range(count)]
+    case["q_cache"].nan_to_num_(0.5)
+    case["rows"].copy_(int32(slots + [-1] * (160 - len(slots)), device))
+    case = group(case)
+    check_close("window_attention", case)
+    assert not run(ops, "window_attention", case)["out"][len(slots) :].any()
 
 
 def test_no_key(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
@@ -161,11 +204,13 @@ def test_no_key(device: torch.device, rng: torch.Generator, dtype: torch.dtype) 
 def test_contract(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
     case = make_case(rng, device, dtype, 50, [(0, 300), (7, 211)], (4, 2), 64)
     check_contract("window_attention", case)
+    check_contract("window_attention", group(case))
 
 
 def test_rejects(device: torch.device, rng: torch.Generator) -> None:
     case = make_case(rng, device, torch.float32, 9, [(0, 8), (1, 9)])
     check_rejects_malformed("window_attention", case)
+    check_rejects_malformed("window_attention", group(case))
     for name, bad in {
         "k_cache": case["k_cache"][1:],
         "v_cache": case["v_cache"][:, 1:].contiguous(),
@@ -185,5 +230,13 @@ def test_rejects_values(rng: torch.Generator) -> None:
     for bad in ([[0, 8], [0, 99]], [[-1, 8], [0, 9]], [[5, 4], [0, 9]]):
         bad_range = int32(bad, device)
         assert_rejected("window_attention", {**case, "key_range": bad_range}, "key_range", "got")
+    grouped = group(case)
+    valid = int((grouped["rows"] >= 0).sum())
+    for bad in ([[0, 0, 0, 0, 9], [9, 0, 0, 0, 1]], [[0, 0, 0, 0, 0], [1, 0, 0, 0, valid - 1]]):
+        wrong = {**grouped, "segments": int32(bad, device)}
+        assert_rejected("window_attention", wrong, "segments", "got begin")
+    for bad in ([[0, 0, 0, 0, 0], [0, 0, 0, 0, valid]], [[0, 0, 0, 0, 1], [1, 0, 0, 0, 0]]):
+        wrong = {**grouped, "segments": int32(bad, device)}
+        assert_rejected("window_attention", wrong, "rows", "segments says")
     case["rows"][4] = len(case["q_cache"])
     assert_rejected("window_attention", case, "rows", str(len(case["q_cache"])))

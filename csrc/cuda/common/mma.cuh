@@ -24,6 +24,16 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// 16 bytes from global to shared memory; nothing is read or written unless `is_valid`. Without a
+// branch, behind which the addresses of the next copy would wait.
+__device__ inline void copy_async_if(bool is_valid, void* shared, const void* global) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(
+          shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(static_cast<int>(is_valid))
+      : "memory");
+}
+
 // 16 bytes from global to shared memory; zeros, and nothing is read, unless `is_valid`.
 __device__ inline void copy_async(void* shared, const void* global, bool is_valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),

@@ -1,7 +1,7 @@
 // window_attention of a layer, then drift_statistics of the same layer. On the CPU one sweep over
 // the keys serves both; a GPU is better off with window_attention in every layer and one call of
 // drift_statistics for all of them.
-// Every row, whatever its segment, gets the out and lse of window_attention, in the same bits.
+// Every row gets the out and lse of window_attention, in the same bits.
 #pragma once
 
 #include "elastic_cache/types.h"
@@ -24,7 +24,7 @@ struct DriftAttentionParams {
   const void* q_old;         // [R, H, D] dtype, or null when no segment has tracked rows
   const void* k_old;         // [R, Hkv, D] dtype, or null likewise
   const int32_t* rows;       // [R] slots, -1 = skip (output rows are zero, lse = 0)
-  const int32_t* segments;   // [S, kSegmentColumns]; a segment's rows are of its sequence
+  const int32_t* segments;   // [S, kSegmentColumns]; rows lie as window_attention says
   const int32_t* key_range;  // [S, 2] first and one-past-last key position
 
   void* out;           // [R, H, D] dtype out

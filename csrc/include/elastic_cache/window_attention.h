@@ -2,6 +2,8 @@
 //   s[k] = scale * q . K[k],  lse = log sum_k exp(s[k]),  out = sum_k exp(s[k] - lse) V[k]
 // for k in the sequence's key range (an empty one gives out = 0, lse = -infinity). Queries are
 // read from the cache at the rows' slots.
+// Given segments, rows lie sequence by sequence as they say, from row 0 on, and behind them none is
+// valid. A GPU then has blocks of one sequence, which reads twice as fast.
 #pragma once
 
 #include "elastic_cache/types.h"
@@ -11,17 +13,18 @@ namespace elastic_cache {
 struct WindowAttentionParams {
   DType dtype;
   int64_t num_sequences;  // S
-  int64_t num_rows;      // R
-  int64_t num_heads;     // H
-  int64_t num_kv_heads;  // Hkv
-  int64_t head_dim;      // D
-  int64_t capacity;      // C; sequence of a row = slot / C
+  int64_t num_rows;       // R
+  int64_t num_heads;      // H
+  int64_t num_kv_heads;   // Hkv
+  int64_t head_dim;       // D
+  int64_t capacity;       // C; sequence of a row = slot / C
   float scale;
 
   const void* q_cache;       // [N, H, D] dtype
   const void* k_cache;       // [N, Hkv, D] dtype
   const void* v_cache;       // [N, Hkv, D] dtype
   const int32_t* rows;       // [R] slots, -1 = skip (output rows are zero, lse = 0)
+  const int32_t* segments;   // [S, kSegmentColumns], or null: rows are in any order
   const int32_t* key_range;  // [S, 2] first and one-past-last key position
 
   void* out;   // [R, H, D] dtype

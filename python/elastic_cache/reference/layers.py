@@ -52,6 +52,7 @@ def window_attention(
     k_cache: Tensor,  # [N, Hkv, D]
     v_cache: Tensor,  # [N, Hkv, D]
     rows: Tensor,  # [R] int32 slots, -1 = skip
+    segments: Tensor | None,  # [S, 5] int32; says where rows lie, which they tell as well
     key_range: Tensor,  # [S, 2] int32
     scale: float,
     out: Tensor,  # [R, H, D] out
@@ -87,7 +88,7 @@ def drift_attention(
     similarity: Tensor,  # [S] float64 out
 ) -> None:
     """`window_attention`, then `drift_statistics` of the same layer."""
-    window_attention(q_cache, k_cache, v_cache, rows, key_range, scale, out, lse)
+    window_attention(q_cache, k_cache, v_cache, rows, segments, key_range, scale, out, lse)
     _drift_of_layer(
         q_cache, k_cache, q_old, k_old, rows, segments, key_range, scale, mass, similarity
     )

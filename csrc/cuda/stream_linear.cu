@@ -53,7 +53,8 @@ void launch_rows(const LinearParams& p, Stream stream) {
   if (p.num_rows <= 48) return launch<Form<48, kBlocks, kSplits>>(p, stream);
   if (p.num_rows <= 64) return launch<Form<64, kBlocks, kSplits>>(p, stream);
   if (p.num_rows <= 96) return launch<Form<96, kBlocks, kSplits>>(p, stream);
-  launch<Form<128, kBlocks, kSplits>>(p, stream);
+  if (p.num_rows <= 128) return launch<Form<128, kBlocks, kSplits>>(p, stream);
+  launch<Form<192, kBlocks, kSplits>>(p, stream);
 }
 
 // Up to so many rows swiglu is a kernel of its own: the product after it reads its weights ahead
@@ -97,8 +98,10 @@ bool stream_gated_linear(const LinearParams& gate_up, void* out, Stream stream) 
     launch<Form<64, 3, 1, true>>(p, stream);
   } else if (p.num_rows <= 96) {
     launch<Form<96, 3, 1, true>>(p, stream);
-  } else {
+  } else if (p.num_rows <= 128) {
     launch<Form<128, 3, 1, true>>(p, stream);
+  } else {
+    launch<Form<192, 3, 1, true>>(p, stream);
   }
   return true;
 }

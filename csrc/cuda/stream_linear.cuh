@@ -30,7 +30,7 @@ using wgmma::kBlockColumns;
 constexpr int kDepth = 64;  // k of a stage; for x these are the 128 bytes
 constexpr int kInstructionDepth = 16;
 constexpr int kGroupThreads = 128;
-constexpr int kMaxRows = 128;
+constexpr int kMaxRows = 192;
 constexpr int kRingBytes = 224 * 1024;      // both rings; the small kernel ahead needs some, too
 constexpr int kInputRingBytes = 64 * 1024;  // at most, of these
 constexpr int kWindowBytes = 72 * 1024;     // of weights under way

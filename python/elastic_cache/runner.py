@@ -33,7 +33,7 @@ from elastic_cache.state import DecodeState, DriftTest, FullLists, RowLists
 BUCKET = 16
 """On a GPU rows are padded to a multiple of this, which is a product's granularity as well."""
 LARGE_BUCKET = 64
-"""The same beyond 128 rows, where products are the vendor's."""
+"""The same beyond 128 rows: there are too many such numbers to capture a step for each."""
 MAX_CAPTURED_LENGTHS = 4
 """Full passes that a runner on a GPU keeps captured, of each of its sequences."""
 

@@ -97,14 +97,14 @@ inline int64_t num_lanes(const WindowAttentionParams& p) {
   return p.num_rows * (p.num_heads / p.num_kv_heads);
 }
 
-// A sequence gets as many blocks as it needs if all have equally many rows.
+// As many blocks a head as there can be pieces, those of all heads first that are sure to be there:
+// the others end at once, and may do so while these run.
 template <int D, class B>
 void launch_blocks(const WindowAttentionParams& p, const Parts& parts, Stream stream) {
-  const int64_t rows_of_one = (p.num_rows + p.num_sequences - 1) / p.num_sequences;
-  const int64_t lanes_of_one = rows_of_one * (p.num_heads / p.num_kv_heads);
-  const dim3 grid(static_cast<unsigned int>(p.num_sequences) * blocks_for(lanes_of_one, B::kLanes),
+  const int64_t num_pieces = (num_lanes(p) + p.num_sequences * (B::kLanes - 1)) / B::kLanes;
+  const dim3 grid(static_cast<unsigned int>(p.num_kv_heads),
                   static_cast<unsigned int>(parts.num_splits),
-                  static_cast<unsigned int>(p.num_kv_heads));
+                  static_cast<unsigned int>(num_pieces));
   const auto map = [&](const void* cache) {
     return cache_map<D>(kOp, cache, p.num_sequences * p.capacity, p.num_kv_heads);
   };

@@ -5,7 +5,7 @@
 // many as fit are on their way at once. The scores of the next tile and the output of the one
 // before are multiplied while a tile's weights are computed.
 // Keys that are not split need no combining: then this kernel writes what that one would.
-// A block takes lanes of one sequence, a piece of them after the other.
+// A block takes lanes of one sequence.
 // The subtle thing: nothing a lane's result goes through depends on which lanes, or how many, are
 // beside it.
 #pragma once
@@ -72,9 +72,7 @@ class WgmmaPart {
       : p_(p),
         parts_(parts),
         sh_(*reinterpret_cast<Shared*>(memory)),
-        lanes_(p, static_cast<int>(blockIdx.z)),
-        num_blocks_(static_cast<int>(gridDim.x) / (B::kOfOne ? 1 : num_sequences(p))),
-        sequence_(B::kOfOne ? 0 : static_cast<int>(blockIdx.x) / num_blocks_) {}
+        lanes_(p, static_cast<int>(blockIdx.x)) {}
 
   // By one thread.
   __device__ void init_barriers() const {
@@ -88,39 +86,31 @@ class WgmmaPart {
 
   // Warpgroups that have lanes.
   __device__ int num_groups() const {
-    const int first = static_cast<int>(blockIdx.x) * B::kLanes;
+    const int first = static_cast<int>(blockIdx.z) * B::kLanes;
     return lanes_.num_lanes() - first > kGroupLanes ? B::kGroups : 1;
   }
 
-  // By one thread.
   __device__ void copy_tiles(const CUtensorMap* key_map, const CUtensorMap* value_map) const {
-    const Run run = block_run();
-    Place at;
-    for (Piece piece = first_piece(run); piece.exists(); piece = piece_after(piece, run)) {
-      copy_span(span_of(piece, run), at, key_map, value_map);
-    }
+    const Piece piece = find_piece();
+    if (thread() == 0) copy_span(piece.sequence, span_of(piece), key_map, value_map);
   }
 
   __device__ void run() {
-    const Run run = block_run();
-    Place at;
-    Piece piece = first_piece(run);
-    int64_t query = query_of(piece, run);  // asked for ahead of all that the loop has to prepare
-    for (; piece.exists(); piece = piece_after(piece, run), query = query_of(piece, run)) {
-      const unsigned int has_query = __ballot_sync(kFullWarp, query >= 0);
-      const bool is_mine[2] = {(has_query >> (thread() / 4) & 1) != 0,
-                               (has_query >> (thread() / 4 + 8) & 1) != 0};
-      copy_queries(query);
-      wait_copies<0>();
-      __syncwarp();
-      Queries queries;
-      load_queries(queries);
-      LaneState<D> state;
-      add_span(state, span_of(piece, run), queries, at);
-      write(state, piece, run, is_mine);
-      if (is_whole()) write_skipped(piece, run, is_mine);
-      __syncwarp();  // the queries have been read
-    }
+    const Piece piece = find_piece();
+    if (piece.first >= piece.end) return;
+    const int64_t query = query_of(piece);
+    const unsigned int has_query = __ballot_sync(kFullWarp, query >= 0);
+    const bool is_mine[2] = {(has_query >> (thread() / 4) & 1) != 0,
+                             (has_query >> (thread() / 4 + 8) & 1) != 0};
+    copy_queries(query);
+    wait_copies<0>();
+    __syncwarp();
+    Queries queries;
+    load_queries(queries);
+    LaneState<D> state;
+    add_span(state, span_of(piece), queries);
+    write(state, piece, is_mine);
+    if (is_whole()) write_skipped(piece, is_mine);
   }
 
  private:
@@ -130,49 +120,66 @@ class WgmmaPart {
   using Weights = uint32_t[kTileKeys / 16][4];
   using Queries = uint32_t[D / 16][4];
 
-  __device__ static int num_sequences(const WindowAttentionParams& p) {
-    return static_cast<int>(p.num_sequences);
-  }
-  // The rows of the block's sequence. Those of the last one are taken to go on to the end of the
+  // Lanes first .. end - 1 of a sequence, whose rows begin at `row`; none where `end` is 0.
+  struct Piece {
+    int sequence;
+    int row;
+    int first;
+    int end;
+    KeySpan keys;  // all that the lanes want
+  };
+  // Where the rows of a sequence lie. Those of the last one are taken to go on to the end of the
   // list; they are skipped there and want no keys.
   struct Run {
-    int first_row;
+    int row;
     int num_lanes;
     int num_with_keys;
     KeySpan keys;
   };
-  // Lanes first .. end - 1 of a run.
-  struct Piece {
-    int first;
-    int end;
-    __device__ bool exists() const { return first < end; }
-  };
 
-  __device__ Run block_run() const {
-    const int num_rows = lanes_.num_rows, group = lanes_.group;
-    const KeySpan keys = keys_of(p_.key_range, sequence_);
-    if constexpr (B::kOfOne) return {0, num_rows * group, num_rows * group, keys};
-    const int32_t* segment = p_.segments + sequence_ * kSegmentColumns;
-    const int first_row = segment[kSegmentBegin], most = max(num_rows - first_row, 0);
+  __device__ Run run_of(int sequence) const {
+    const int32_t* segment = p_.segments + sequence * kSegmentColumns;
+    const int row = segment[kSegmentBegin], most = max(lanes_.num_rows - row, 0);
     int count = 0;
 #pragma unroll
     for (int column = kSegmentTracked; column < kSegmentColumns; ++column) count += segment[column];
     count = min(count, most);
-    const bool is_last = sequence_ == num_sequences(p_) - 1;
-    return {first_row, (is_last ? most : count) * group, count * group, keys};
+    const bool is_last = sequence == static_cast<int>(p_.num_sequences) - 1;
+    return {row, (is_last ? most : count) * lanes_.group, count * lanes_.group,
+            keys_of(p_.key_range, sequence)};
   }
-  __device__ Piece first_piece(const Run& run) const {
-    return cut((static_cast<int>(blockIdx.x) - sequence_ * num_blocks_) * B::kLanes, run);
+
+  // The block's: number blockIdx.z of the pieces of kLanes into which the lanes of every sequence
+  // are cut. Every warp finds it for itself, a thread looking at a sequence.
+  __device__ Piece find_piece() const {
+    const auto index = static_cast<int>(blockIdx.z);
+    if constexpr (B::kOfOne) {
+      const int first = index * B::kLanes;
+      return {0, 0, first, min(first + B::kLanes, lanes_.num_lanes()), keys_of(p_.key_range, 0)};
+    }
+    const auto of = [](int value, int which) { return __shfl_sync(kFullWarp, value, which); };
+    const auto num_sequences = static_cast<int>(p_.num_sequences);
+    int num_before = 0;
+    for (int base = 0; base < num_sequences; base += kWarpSize) {
+      const Run mine = run_of(min(base + thread(), num_sequences - 1));
+      const int num_pieces =
+          base + thread() < num_sequences ? (mine.num_lanes + B::kLanes - 1) / B::kLanes : 0;
+      const int num_through = num_before + sum_through(num_pieces);
+      const unsigned int behind = __ballot_sync(kFullWarp, num_through > index);
+      if (behind != 0) {
+        const int owner = __ffs(static_cast<int>(behind)) - 1;
+        const int first = (index - of(num_through - num_pieces, owner)) * B::kLanes;
+        const KeySpan keys{of(mine.keys.begin, owner), of(mine.keys.end, owner)};
+        const bool has_keys = first < of(mine.num_with_keys, owner);
+        return {base + owner, of(mine.row, owner), first,
+                min(first + B::kLanes, of(mine.num_lanes, owner)), has_keys ? keys : KeySpan{0, 0}};
+      }
+      num_before = of(num_through, kWarpSize - 1);
+    }
+    return {};
   }
-  __device__ Piece piece_after(const Piece& piece, const Run& run) const {
-    return cut(piece.first + num_blocks_ * B::kLanes, run);
-  }
-  __device__ static Piece cut(int first, const Run& run) {
-    return {first, min(first + B::kLanes, run.num_lanes)};
-  }
-  __device__ KeySpan span_of(const Piece& piece, const Run& run) const {
-    if (piece.first >= run.num_with_keys) return {0, 0};
-    return split_keys(run.keys, static_cast<int>(blockIdx.y), parts_.num_splits);
+  __device__ KeySpan span_of(const Piece& piece) const {
+    return split_keys(piece.keys, static_cast<int>(blockIdx.y), parts_.num_splits);
   }
   __device__ static int thread() { return static_cast<int>(threadIdx.x % kWarpSize); }
   __device__ static int group() { return static_cast<int>(threadIdx.x / kGroupThreads); }
@@ -180,12 +187,12 @@ class WgmmaPart {
   __device__ static int warp_lane() {
     return static_cast<int>(threadIdx.x % kGroupThreads / kWarpSize * 16);
   }
-  // Of the run's lanes, the one of a row of this thread's C fragments.
+  // Of the sequence's lanes, the one of a row of this thread's C fragments.
   __device__ static int lane(const Piece& piece, int half) {
     return piece.first + group() * kGroupLanes + warp_lane() + half * 8 + thread() / 4;
   }
-  __device__ int64_t item(const Piece& piece, const Run& run, int half) const {
-    return int64_t{run.first_row} * lanes_.num_heads + lanes_.item(lane(piece, half));
+  __device__ int64_t item(const Piece& piece, int half) const {
+    return int64_t{piece.row} * lanes_.num_heads + lanes_.item(lane(piece, half));
   }
   __device__ static void sync(int barrier, int num_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
@@ -195,11 +202,13 @@ class WgmmaPart {
     return (max(span.end - span.begin, 0) + kTileKeys - 1) / kTileKeys;
   }
 
-  __device__ void copy_span(const KeySpan& span, Place& at, const CUtensorMap* key_map,
+  // By one thread.
+  __device__ void copy_span(int sequence, const KeySpan& span, const CUtensorMap* key_map,
                             const CUtensorMap* value_map) const {
     const uint64_t policy = evict_first_policy();
-    const int block = static_cast<int>(blockIdx.z) * (D / wgmma::kBlockColumns);
-    int slot = sequence_ * static_cast<int>(p_.capacity) + span.begin;
+    const int block = static_cast<int>(blockIdx.x) * (D / wgmma::kBlockColumns);
+    int slot = sequence * static_cast<int>(p_.capacity) + span.begin;
+    Place at;
     for (int tile = num_tiles(span); tile > 0; --tile, ++at.index, slot += kTileKeys) {
       const int i = at.slot();
       wait_barrier(shared_address(&sh_.is_free[i]), at.parity() ^ 1);
@@ -214,10 +223,10 @@ class WgmmaPart {
 
   // Of the warp's 16 lanes number thread() % 16: which of all queries it has; -1: the piece has no
   // such lane, or its row is skipped.
-  __device__ int64_t query_of(const Piece& piece, const Run& run) const {
+  __device__ int64_t query_of(const Piece& piece) const {
     const int lane = piece.first + group() * kGroupLanes + warp_lane() + thread() % 16;
     const int row = lanes_.row(lane), head = lanes_.first_head + lane - row * lanes_.group;
-    const int slot = lane < piece.end ? p_.rows[run.first_row + row] : -1;
+    const int slot = lane < piece.end ? p_.rows[piece.row + row] : -1;
     return slot < 0 ? -1 : int64_t{slot} * lanes_.num_heads + head;
   }
   // The warp's own: no other reads them. Where there is none, anything may lie: no lane's result
@@ -243,8 +252,9 @@ class WgmmaPart {
   }
 
   __device__ __forceinline__ void add_span(LaneState<D>& state, const KeySpan& span,
-                                           Queries& queries, Place& at) const {
+                                           Queries& queries) const {
     state.clear();
+    Place at;
     int count = span.end - span.begin;  // of the keys not yet added
     if (count > 0) {
       Weights weights;
@@ -257,7 +267,6 @@ class WgmmaPart {
       wgmma::wait<0>();
       wgmma::hold(state.out);
       release(at);
-      ++at.index;
     }
   }
 
@@ -368,12 +377,11 @@ class WgmmaPart {
   }
 
   // Lanes of rows that are skipped.
-  __device__ void write_skipped(const Piece& piece, const Run& run,
-                                const bool (&is_mine)[2]) const {
+  __device__ void write_skipped(const Piece& piece, const bool (&is_mine)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (is_mine[half] || lane(piece, half) >= piece.end) continue;
-      const int64_t at = item(piece, run, half);
+      const int64_t at = item(piece, half);
       if (thread() % 4 == 0) p_.lse[at] = 0.0f;
 #pragma unroll
       for (int n = 0; n < D / 8; n += 2) {
@@ -384,7 +392,7 @@ class WgmmaPart {
 
   // Neighbouring threads exchange halves of two groups of columns: a thread stores four floats.
   // is_mine: whether this thread has the lane, and its row is not skipped.
-  __device__ __forceinline__ void write(LaneState<D>& state, const Piece& piece, const Run& run,
+  __device__ __forceinline__ void write(LaneState<D>& state, const Piece& piece,
                                         const bool (&is_mine)[2]) const {
     const int64_t first_item = blockIdx.y * p_.num_rows * p_.num_heads;
     const bool is_odd = thread() % 2 != 0;
@@ -393,7 +401,7 @@ class WgmmaPart {
       float sum = state.sum[half];
       sum += __shfl_xor_sync(kFullWarp, sum, 1);
       sum += __shfl_xor_sync(kFullWarp, sum, 2);
-      const int64_t at = first_item + item(piece, run, half);
+      const int64_t at = first_item + item(piece, half);
       if (is_mine[half] && thread() % 4 == 0) {
         if (is_whole()) {
           p_.lse[at] = log_sum(state.max[half], sum);
@@ -426,8 +434,6 @@ class WgmmaPart {
   const Parts& parts_;
   Shared& sh_;
   LaneMap lanes_;
-  int num_blocks_;  // of a sequence, which take its pieces in turn
-  int sequence_;
 };
 #endif
 
@@ -451,7 +457,7 @@ __global__ void __launch_bounds__(B::kThreads, B::kPerSm)
   wait_for_previous();
   if (thread >= B::kCopyThread) {
     wgmma::give_registers<24>();
-    if (thread == B::kCopyThread) part.copy_tiles(&key_map, &value_map);
+    if (thread < B::kCopyThread + kWarpSize) part.copy_tiles(&key_map, &value_map);
   } else if (thread / kGroupThreads < part.num_groups()) {
     wgmma::take_registers<B::kRegisters>();
     part.run();

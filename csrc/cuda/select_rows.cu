@@ -175,17 +175,6 @@ __device__ Counts count_rows(const Bits& sequence, int num_words, int window, in
   return {tracked, committed, num_window, min(max(lookahead, 0), waiting - num_window)};
 }
 
-// The sum over the lanes up to this one.
-__device__ int sum_through(int value) {
-  const int lane = static_cast<int>(threadIdx.x) % cuda::kWarpSize;
-#pragma unroll
-  for (int offset = 1; offset < cuda::kWarpSize; offset *= 2) {
-    const int before = __shfl_up_sync(cuda::kFullWarp, value, offset);
-    if (lane >= offset) value += before;
-  }
-  return value;
-}
-
 // Where this warp's lists begin, given how long they are; `end`, where those of the first warp do,
 // moves behind those of the last.
 __device__ Lengths place(const Lengths& mine, Lengths* shared, Lengths& end) {
@@ -193,8 +182,8 @@ __device__ Lengths place(const Lengths& mine, Lengths* shared, Lengths& end) {
   const int warp = static_cast<int>(threadIdx.x) / cuda::kWarpSize;
   if (lane == 0) shared[warp] = mine;
   __syncthreads();
-  const int rows = end.rows + sum_through(shared[lane].rows);
-  const int window_rows = end.window_rows + sum_through(shared[lane].window_rows);
+  const int rows = end.rows + cuda::sum_through(shared[lane].rows);
+  const int window_rows = end.window_rows + cuda::sum_through(shared[lane].window_rows);
   const auto from = [](int value, int which) { return __shfl_sync(cuda::kFullWarp, value, which); };
   end = {from(rows, kWarps - 1), from(window_rows, kWarps - 1)};
   return {from(rows, warp) - mine.rows, from(window_rows, warp) - mine.window_rows};
@@ -217,9 +206,9 @@ __device__ void write_rows(const SelectRowsParams& p, int64_t s, const Bits& seq
     const Kinds kinds = kinds_of(sequence, first + lane, num_words);
     const int num_tracked = __popc(kinds.tracked), num_committed = __popc(kinds.committed);
     const int num_waiting = __popc(kinds.waiting);
-    int tracked_at = next_tracked + sum_through(num_tracked) - num_tracked;
-    int committed_at = next_committed + sum_through(num_committed) - num_committed;
-    int waiting_at = next_waiting + sum_through(num_waiting) - num_waiting;
+    int tracked_at = next_tracked + cuda::sum_through(num_tracked) - num_tracked;
+    int committed_at = next_committed + cuda::sum_through(num_committed) - num_committed;
+    int waiting_at = next_waiting + cuda::sum_through(num_waiting) - num_waiting;
     next_tracked = next_of(tracked_at, num_tracked);
     next_committed = next_of(committed_at, num_committed);
     next_waiting = next_of(waiting_at, num_waiting);

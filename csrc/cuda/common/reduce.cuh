@@ -26,6 +26,17 @@ struct Sum {
   }
 };
 
+// The sum over the lanes up to this one.
+__device__ inline int sum_through(int value) {
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int before = __shfl_up_sync(kFullWarp, value, offset);
+    if (lane >= offset) value += before;
+  }
+  return value;
+}
+
 // All threads get the sum over the block; `shared` has room for one T a warp. Ends with a barrier,
 // so that `shared` may be used again.
 template <class T>

@@ -222,7 +222,8 @@ class WgmmaPart {
   }
 
   // Of the warp's 16 lanes number thread() % 16: which of all queries it has; -1: the piece has no
-  // such lane, or its row is skipped.
+  // such lane, or its row is skipped. (LaneMap's head() is a second division, which the compiler
+  // puts behind the load.)
   __device__ int64_t query_of(const Piece& piece) const {
     const int lane = piece.first + group() * kGroupLanes + warp_lane() + thread() % 16;
     const int row = lanes_.row(lane), head = lanes_.first_head + lane - row * lanes_.group;

@@ -4,7 +4,8 @@
 //   part     a block takes up to 128 lanes of one key/value head and one of `num_splits` parts of
 //            the keys -> unnormalised output [D], maximum and sum of every lane
 //            (attention_plain.cuh is the form to read first, attention_wgmma.cuh the one of 9.0,
-//            attention_mma.cuh that of 8.0 and of head_dim 32)
+//            attention_mma.cuh that of 8.0, of head_dim 32, and of several sequences of which
+//            nothing says where their rows lie)
 //   combine  a warp a lane adds the parts in order (attention_launch.cuh); not where there is one,
 //            which attention_wgmma.cuh writes as the result
 #include "elastic_cache/window_attention.h"

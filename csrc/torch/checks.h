@@ -9,7 +9,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -164,12 +166,9 @@ class Checks {
     if (!tensor.is_cpu()) return;
     const auto* segment = static_cast<const int32_t*>(tensor.const_data_ptr());
     for (int64_t s = 0; s < tensor.size(0); ++s, segment += kSegmentColumns) {
-      int64_t end = segment[kSegmentBegin];
-      bool is_inside = end >= 0;
-      for (int column = kSegmentTracked; column < kSegmentColumns; ++column) {
-        is_inside = is_inside && segment[column] >= 0;
-        end += segment[column];
-      }
+      const int64_t end = end_row(segment);
+      const bool is_inside =
+          std::all_of(segment, segment + kSegmentColumns, [](int32_t value) { return value >= 0; });
       that(is_inside && end <= num_rows, "segments must lie inside the ", num_rows,
            " rows, got begin ", segment[kSegmentBegin], " and end ", end, " for sequence ", s);
       that(has_old || segment[kSegmentTracked] == 0,
@@ -178,34 +177,36 @@ class Checks {
     }
   }
 
-  // Rows lie sequence by sequence, from row 0 on, as `segments` [S, columns] says; behind those of
-  // the last sequence all are skipped.
+  // Rows lie sequence by sequence, from row 0 on, as segments [S, columns] that are inside the list
+  // say; behind those of the last sequence all are skipped.
   void rows_of_segments(const Tensor& rows, const Tensor& segments, int64_t capacity) const {
     if (!rows.is_cpu()) return;
     const auto* slots = static_cast<const int32_t*>(rows.const_data_ptr());
     const auto* segment = static_cast<const int32_t*>(segments.const_data_ptr());
-    const int64_t num_rows = rows.size(0), num_sequences = segments.size(0);
-    this->segments(segments, num_rows, true);
-    int64_t row = 0;
-    for (int64_t s = 0; s <= num_sequences; ++s, segment += kSegmentColumns) {
-      int64_t end = num_rows;
-      if (s < num_sequences) {
-        that(segment[kSegmentBegin] == row, "segments must lie one behind the other, got begin ",
-             segment[kSegmentBegin], " instead of ", row, " for sequence ", s);
-        end = row;
-        for (int column = kSegmentTracked; column < kSegmentColumns; ++column) {
-          end += segment[column];
-        }
-      }
+    const int64_t num_sequences = segments.size(0);
+    const auto are_of = [&](int64_t row, int64_t end, int64_t sequence) {
       for (; row < end; ++row) {
-        that(slots[row] < 0 || (s < num_sequences && slots[row] / capacity == s),
+        that(slots[row] < 0 || slots[row] / capacity == sequence,
              "rows must be of the sequence that segments says, got slot ", slots[row], " at row ",
              row);
       }
+    };
+    int64_t begin = 0;
+    for (int64_t s = 0; s < num_sequences; ++s, segment += kSegmentColumns) {
+      that(segment[kSegmentBegin] == begin, "segments must lie one behind the other, got begin ",
+           segment[kSegmentBegin], " instead of ", begin, " for sequence ", s);
+      are_of(begin, end_row(segment), s);
+      begin = end_row(segment);
     }
+    are_of(begin, rows.size(0), num_sequences);  // of which there is no slot
   }
 
  private:
+  // One past the last row of a segment: where it begins, and how many there are of each kind.
+  static int64_t end_row(const int32_t* segment) {
+    return std::accumulate(segment, segment + kSegmentColumns, int64_t{0});
+  }
+
   const char* op_;
   DType dtype_ = DType::kFloat32;
 

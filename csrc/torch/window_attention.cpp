@@ -31,7 +31,10 @@ void window_attention(const Tensor& q_cache, const Tensor& k_cache, const Tensor
 
   check.indices("rows", rows, slots);
   check.key_range(key_range, capacity);
-  if (segments) check.rows_of_segments(rows, *segments, capacity);
+  if (segments) {
+    check.segments(*segments, num_rows, true);
+    check.rows_of_segments(rows, *segments, capacity);
+  }
   const WindowAttentionParams params{.dtype = check.dtype(),
                                      .num_sequences = num_sequences,
                                      .num_rows = num_rows,

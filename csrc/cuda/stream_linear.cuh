@@ -7,11 +7,11 @@
 //
 // The gated form's w is [K, 2N], gate, then up, and out is what swiglu makes of x w. Two blocks, a
 // cluster, have 192 columns of each: the first the gate of columns 0 .. 127 and up of 0 .. 63, the
-// second the gate of 128 .. 191 and up of 64 .. 191. So each has all it needs of 64 columns; of the
-// 64 they share each finishes a half, which takes 32 columns of the other's.
+// second the gate of 128 .. 191 and up of 64 .. 191. So two warpgroups have gate and up of the same
+// 64 columns, in one block or in both, and each finishes half of the rows.
 //
-// A warpgroup multiplies 64 rows (fewer: the rest is whatever lies in shared memory, and is not
-// stored) with all columns of the tile.
+// A warpgroup multiplies 64 columns with all rows, w^T x^T: so its products are as wide as there
+// are rows, and not a multiple of 64.
 #pragma once
 
 #include <algorithm>
@@ -42,17 +42,15 @@ struct Form {
   static constexpr int kSplits = kSplits_;
   static constexpr bool kIsGated = kIsGated_;
   static constexpr int kCluster = kIsGated ? 2 : kSplits;
-  static constexpr int kColumnGroups = kBlocks * 8;  // of eight columns
+  static constexpr int kGroups = kRows / 8;  // of eight rows
   static constexpr int kBlockBytes = kDepth * kBlockColumns * 2;
   static constexpr int kWeightBytes = kBlocks * kBlockBytes;
   static constexpr int kInputBytes = kRows * kDepth * 2;
   static constexpr int kInputStages = std::clamp(kInputRingBytes / kInputBytes, 3, 12);
-  static constexpr int kConsumers = (kRows + 63) / 64 * kGroupThreads;  // a group has 64 rows
+  static constexpr int kConsumers = kBlocks * kGroupThreads;
   static constexpr int kThreads = kConsumers + 64;  // a warp copies weights, a warp copies x
-  static constexpr int kPartBytes = kConsumers * kColumnGroups * 16;
-  // The tensor cores read 64 rows also where x has fewer: what lies behind must be shared memory.
-  static constexpr int kReadBytes = kConsumers / kGroupThreads * 64 * kDepth * 2;
-  static constexpr int kInputRing = (kInputStages - 1) * kInputBytes + kReadBytes;
+  static constexpr int kPartBytes = kConsumers * kGroups * 16;
+  static constexpr int kInputRing = kInputStages * kInputBytes;
   static constexpr int kStages = (kRingBytes - kInputRing) / kWeightBytes;
   static constexpr int kInputOffset = kStages * kWeightBytes;
   static constexpr int kBarrierOffset = kInputOffset + kInputRing;
@@ -179,16 +177,16 @@ __device__ void copy_inputs(const Work<F>& work, const Problem& p, const CUtenso
   }
 }
 
-// Begins c (64 rows x the tile's columns) += the stage's product; keep false: c = it.
+// Begins c (64 columns x the rows) += the stage's product; keep false: c = it.
 template <class F>
-__device__ inline void multiply_stage(float (&c)[F::kColumnGroups][4], uint32_t inputs,
-                                      uint32_t weights, bool keep) {
+__device__ inline void multiply_stage(float (&c)[F::kGroups][4], uint32_t inputs, uint32_t weights,
+                                      bool keep) {
   wgmma::begin();
 #pragma unroll
   for (int k = 0; k < kDepth; k += kInstructionDepth) {
-    const uint64_t a = wgmma::operand<0>(inputs + k * 2);
-    const uint64_t b = wgmma::operand<F::kBlockBytes>(weights + k * kBlockColumns * 2);
-    wgmma::multiply(c, a, b, keep || k > 0);
+    const uint64_t a = wgmma::operand<0>(weights + k * kBlockColumns * 2);
+    const uint64_t b = wgmma::operand<0>(inputs + k * 2);
+    wgmma::multiply_transposed<F::kGroups, true>(c, a, b, keep || k > 0);
   }
   wgmma::commit();
 }
@@ -215,13 +213,13 @@ __device__ inline void release(const Work<F>& work, const Places<F>& at) {
 // A stage's products run while the next stage's are being issued; only then it is released.
 template <class F>
 __device__ inline void multiply_tile(const Work<F>& work, Places<F>& at,
-                                     float (&c)[F::kColumnGroups][4]) {
-  const int row_offset = static_cast<int>(threadIdx.x) / kGroupThreads * 64 * kDepth * 2;
+                                     float (&c)[F::kGroups][4]) {
+  const int block = static_cast<int>(threadIdx.x) / kGroupThreads * F::kBlockBytes;
   Places<F> previous = at;
   for (int step = 0; step < work.num_steps; ++step) {
     wait_barrier(work.full(F::kStages + at.inputs.slot), at.inputs.parity);
     wait_barrier(work.full(at.weights.slot), at.weights.parity);
-    multiply_stage<F>(c, work.inputs(at.inputs.slot) + row_offset, work.weights(at.weights.slot),
+    multiply_stage<F>(c, work.inputs(at.inputs.slot), work.weights(at.weights.slot) + block,
                       step > 0);
     wgmma::wait<1>();
     if (step > 0) release(work, previous);
@@ -233,32 +231,42 @@ __device__ inline void multiply_tile(const Work<F>& work, Places<F>& at,
   release(work, previous);
 }
 
-// 16 columns from `column` of this warp's 16 rows. A thread has two columns of both halves, of the
-// rows lane / 4 and lane / 4 + 8; exchanged with its neighbour four of one, so that a warp stores
-// whole sectors.
-__device__ inline void store_columns(const Problem& p, int column, const float (&left)[4],
-                                     const float (&right)[4]) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+// Turns an 8 x 8 matrix, of which a thread has two neighbours in row lane / 4.
+__device__ inline uint32_t turned(uint32_t pair) {
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(pair));
+  return pair;
+}
+
+// 16 columns from `column` on of eight rows from `row` on. A thread has two rows of column lane / 4
+// and of lane / 4 + 8; turned, two columns of both halves of a row, and exchanged with its
+// neighbour four of one, so that a warp stores whole sectors.
+__device__ inline void store_rows(const Problem& p, int row, int column,
+                                  const uint32_t (&pairs)[2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const uint32_t low = turned(pairs[0]), high = turned(pairs[1]);
   const bool is_odd = lane % 2 != 0;
+  const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? low : high, 1);
+  const uint2 four = is_odd ? make_uint2(other, high) : make_uint2(low, other);
+  row += lane / 4;
   column += is_odd ? 8 + (lane % 4 - 1) * 2 : lane % 4 * 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t low = packed(left[half * 2], left[half * 2 + 1]);
-    const uint32_t high = packed(right[half * 2], right[half * 2 + 1]);
-    const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? low : high, 1);
-    const uint2 four = is_odd ? make_uint2(other, high) : make_uint2(low, other);
-    const int row = thread / 32 * 16 + half * 8 + lane / 4;
-    if (row >= p.num_rows || column >= p.num_columns) continue;
-    *reinterpret_cast<uint2*>(p.out + static_cast<int64_t>(row) * p.num_columns + column) = four;
-  }
+  if (row >= p.num_rows || column >= p.num_columns) return;
+  *reinterpret_cast<uint2*>(p.out + static_cast<int64_t>(row) * p.num_columns + column) = four;
+}
+
+__device__ inline void store_rows(const Problem& p, int row, int column, const float (&c)[4]) {
+  store_rows(p, row, column, {packed(c[0], c[1]), packed(c[2], c[3])});
 }
 
 template <class F>
-__device__ inline void store_tile(const Problem& p, int tile,
-                                  const float (&c)[F::kColumnGroups][4]) {
+__device__ inline int first_column(int tile) {
+  return tile * F::kBlocks * kBlockColumns + static_cast<int>(threadIdx.x) / 32 * 16;
+}
+
+template <class F>
+__device__ inline void store_tile(const Problem& p, int tile, const float (&c)[F::kGroups][4]) {
 #pragma unroll
-  for (int i = 0; i < F::kColumnGroups; i += 2) {
-    store_columns(p, tile * F::kBlocks * kBlockColumns + i * 8, c[i], c[i + 1]);
+  for (int i = 0; i < F::kGroups; ++i) {
+    if (i * 8 < p.num_rows) store_rows(p, i * 8, first_column<F>(tile), c[i]);
   }
 }
 
@@ -267,9 +275,14 @@ __device__ inline void wait_consumers() {
   asm volatile("bar.sync 1, %0;" ::"n"(F::kConsumers) : "memory");
 }
 
-template <class F>
-__device__ inline uint32_t part_address(const Work<F>& work, int group) {
-  return work.ring + (group * F::kConsumers + static_cast<int>(threadIdx.x)) * 16;
+// Where a thread leaves so many bytes of a group of rows for others.
+template <int kBytes, class F>
+__device__ inline uint32_t part_address(const Work<F>& work, int group, int thread) {
+  return work.ring + (group * F::kConsumers + thread) * kBytes;
+}
+
+__device__ inline void leave(uint32_t shared, const uint32_t (&c)[2]) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(c[0]), "r"(c[1]) : "memory");
 }
 
 __device__ inline void leave(uint32_t shared, const float (&c)[4]) {
@@ -278,120 +291,111 @@ __device__ inline void leave(uint32_t shared, const float (&c)[4]) {
                : "memory");
 }
 
-// Whether this warp has rows of x.
-template <class F>
-__device__ inline bool has_rows() {
-  return static_cast<int>(threadIdx.x) / 32 * 16 < F::kRows;
-}
-
 // This block's part of the tile, over the rings: all their stages have been read.
 template <class F>
-__device__ inline void leave_part(const Work<F>& work, const float (&c)[F::kColumnGroups][4]) {
+__device__ inline void leave_part(const Work<F>& work, const float (&c)[F::kGroups][4]) {
+  const int thread = static_cast<int>(threadIdx.x);
   wait_consumers<F>();
-  if (!has_rows<F>()) return;
 #pragma unroll
-  for (int i = 0; i < F::kColumnGroups; ++i) {
-    leave(part_address(work, i), c[i]);
-  }
+  for (int i = 0; i < F::kGroups; ++i) leave(part_address<16>(work, i, thread), c[i]);
 }
 
-// Sums of all parts, in the order of k, of every kSplits-th of the tile's pairs of column groups.
-// The block arrives at the cluster's barrier between its last question and the stores after it:
-// the barrier waits for answers, and would for stores.
+// Sums of all parts, in the order of k, of every kSplits-th group of rows. The block arrives at the
+// cluster's barrier between its last question and the stores after it: the barrier waits for
+// answers, and would for stores.
 template <class F>
 __device__ inline void store_sums(const Work<F>& work, const Problem& p) {
-  constexpr int kPairs = F::kColumnGroups / 2, kMine = (kPairs + F::kSplits - 1) / F::kSplits;
-  // Pairs asked for before the first is added: an answer takes a microsecond, but those of 128 rows
-  // are too many at a time.
-  constexpr int kTogether = F::kConsumers > kGroupThreads ? 1 : kMine;
+  constexpr int kMine = (F::kGroups + F::kSplits - 1) / F::kSplits;
+  // Groups asked for before the first is added: an answer takes a microsecond.
+  constexpr int kTogether = kMine < 8 ? kMine : 8;
+  const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int first = 0; first < kMine; first += kTogether) {
-    float parts[kTogether][F::kSplits][2][4] = {};
+    float parts[kTogether][F::kSplits][4];
 #pragma unroll
-    for (int i = 0; i < kTogether && has_rows<F>(); ++i) {
-      const int pair = min((first + i) * F::kSplits + work.rank, kPairs - 1);
+    for (int i = 0; i < kTogether; ++i) {
+      const int group = (first + i) * F::kSplits + work.rank;
+      if (group >= F::kGroups || group * 8 >= p.num_rows) break;
 #pragma unroll
       for (int split = 0; split < F::kSplits; ++split) {
-        load_from(part_address(work, 2 * pair), split, parts[i][split][0]);
-        load_from(part_address(work, 2 * pair + 1), split, parts[i][split][1]);
+        load_from(part_address<16>(work, group, thread), split, parts[i][split]);
       }
     }
     if (first + kTogether >= kMine) arrive_cluster();
 #pragma unroll
-    for (int i = 0; i < kTogether && has_rows<F>(); ++i) {
-      const int pair = (first + i) * F::kSplits + work.rank;
-      if (pair >= kPairs) break;
-      float (&sum)[2][4] = parts[i][0];
+    for (int i = 0; i < kTogether; ++i) {
+      const int group = (first + i) * F::kSplits + work.rank;
+      if (group >= F::kGroups || group * 8 >= p.num_rows) break;
+      float (&sum)[4] = parts[i][0];
 #pragma unroll
       for (int split = 1; split < F::kSplits; ++split) {
 #pragma unroll
-        for (int n = 0; n < 8; ++n) sum[n / 4][n % 4] += parts[i][split][n / 4][n % 4];
+        for (int n = 0; n < 4; ++n) sum[n] += parts[i][split][n];
       }
-      store_columns(p, work.first_tile * F::kBlocks * kBlockColumns + pair * 16, sum[0], sum[1]);
+      store_rows(p, group * 8, first_column<F>(work.first_tile), sum);
     }
   }
 }
 
-// gate and up of eight columns -> what swiglu makes of them.
-__device__ inline void gate_columns(float (&gate)[4], const float (&up)[4]) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    gate[n] = to_float(gated(from_float<bf16>(gate[n]), from_float<bf16>(up[n])));
-  }
+// gate and up of two elements -> what swiglu makes of them.
+__device__ inline uint32_t gated_pair(uint32_t gate, uint32_t up) {
+  const auto element = [](uint32_t pair, int i) {
+    return __ushort_as_bfloat16(static_cast<unsigned short>(pair >> 16 * i));
+  };
+  return packed(to_float(gated(element(gate, 0), element(up, 0))),
+                to_float(gated(element(gate, 1), element(up, 1))));
 }
 
-// This block's 64 columns and its half of the 64 that the cluster's blocks share. As in store_sums,
-// nothing is stored before the block has arrived for the last time.
+// This warpgroup has gate or up of 64 columns for all rows, its partner the other: who has gate
+// finishes the first half of the rows. As in store_sums, nothing is stored before the block has
+// arrived for the last time.
 template <class F>
 __device__ inline void store_gated(const Work<F>& work, const Problem& p,
-                                   float (&c)[F::kColumnGroups][4]) {
-  constexpr int kShared = 8, kUp = 16, kHalf = 4;  // column groups
-  const bool is_first = work.rank == 0;
-  float mine[kHalf][4], others[kHalf][4];
-#pragma unroll
-  for (int n = 0; n < kHalf * 4; ++n) {
-    const float left = c[kShared + n / 4][n % 4], right = c[kShared + kHalf + n / 4][n % 4];
-    mine[n / 4][n % 4] = is_first ? left : right;
-    others[n / 4][n % 4] = is_first ? right : left;
-  }
-  wait_consumers<F>();  // all stages of the rings have been read
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) leave(part_address(work, i), others[i]);
-  arrive_cluster();
-  // Not of rows that x does not have: what lies there makes divisions slow [5 us, measured].
-  const bool has_out = static_cast<int>(threadIdx.x) / 32 * 16 < p.num_rows;
-#pragma unroll
-  for (int i = 0; i < kShared && has_out; ++i) gate_columns(c[i], c[kUp + i]);
-  wait_cluster();
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) load_from(part_address(work, i), 1 - work.rank, others[i]);
-  arrive_cluster();
-  if (!has_out) return;
+                                   const float (&c)[F::kGroups][4]) {
+  constexpr int kHalf = F::kGroups / 2;
+  const int thread = static_cast<int>(threadIdx.x), group = thread / kGroupThreads;
+  const bool is_shared = group == 1, has_gate = is_shared ? work.rank == 0 : group == 0;
+  uint32_t mine[kHalf][2], others[kHalf][2];
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const float x = mine[i][n], y = others[i][n];
-      mine[i][n] = is_first ? x : y;
-      others[i][n] = is_first ? y : x;
+    for (int n = 0; n < 2; ++n) {
+      const uint32_t first = packed(c[i][2 * n], c[i][2 * n + 1]);
+      const uint32_t second = packed(c[kHalf + i][2 * n], c[kHalf + i][2 * n + 1]);
+      mine[i][n] = has_gate ? first : second;
+      others[i][n] = has_gate ? second : first;
     }
-    gate_columns(mine[i], others[i]);
   }
-  const int tile = work.first_tile * F::kBlocks * kBlockColumns;
+  wait_consumers<F>();  // all stages of the rings have been read
 #pragma unroll
-  for (int i = 0; i < kShared; i += 2) {
-    store_columns(p, tile + work.rank * 2 * kBlockColumns + i * 8, c[i], c[i + 1]);
-  }
+  for (int i = 0; i < kHalf; ++i) leave(part_address<8>(work, i, thread), others[i]);
+  arrive_cluster();
+  wait_cluster();
+  const int partner = is_shared ? thread : thread + (1 - group) * 2 * kGroupThreads;
+  const int rank = is_shared ? 1 - work.rank : work.rank;
 #pragma unroll
-  for (int i = 0; i < kHalf; i += 2) {
-    store_columns(p, tile + kBlockColumns + (work.rank * kHalf + i) * 8, mine[i], mine[i + 1]);
+  for (int i = 0; i < kHalf; ++i) load_from(part_address<8>(work, i, partner), rank, others[i]);
+  arrive_cluster();
+  const int tile = work.first_tile * F::kBlocks + (is_shared ? 1 : work.rank * 2);
+  const int column = tile * kBlockColumns + thread % kGroupThreads / 32 * 16;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const int row = ((has_gate ? 0 : kHalf) + i) * 8;
+    if (row >= p.num_rows) break;
+    uint32_t out[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const uint32_t x = mine[i][n], y = others[i][n];
+      out[n] = gated_pair(has_gate ? x : y, has_gate ? y : x);
+    }
+    store_rows(p, row, column, out);
   }
 }
 
 template <class F>
 __device__ void consume(const Work<F>& work, const Problem& p) {
   Places<F> at;
-  float c[F::kColumnGroups][4];
+  float c[F::kGroups][4];
   if constexpr (F::kIsGated) {
     multiply_tile<F>(work, at, c);
     store_gated<F>(work, p, c);

@@ -33,7 +33,7 @@ from elastic_cache.state import DecodeState, DriftTest, FullLists, RowLists
 BUCKET = 16
 """On a GPU rows are padded to a multiple of this, which is a product's granularity as well."""
 LARGE_BUCKET = 64
-"""The same beyond 128 rows: there are too many such numbers to capture a step for each."""
+"""The same beyond 192 rows: there are too many such numbers to capture a step for each."""
 MAX_CAPTURED_LENGTHS = 4
 """Full passes that a runner on a GPU keeps captured, of each of its sequences."""
 
@@ -418,5 +418,5 @@ class Runner:
 
 
 def _padded(count: int) -> int:
-    bucket = BUCKET if count <= 2 * LARGE_BUCKET else LARGE_BUCKET
+    bucket = BUCKET if count <= 3 * LARGE_BUCKET else LARGE_BUCKET
     return -(-count // bucket) * bucket

@@ -86,7 +86,9 @@ def test_rows(
     check_close("output_mlp", case)
 
 
-@pytest.mark.parametrize("num_rows", [1, 16, 17, 48, 64, 65, 97, 128, 129, 150, 192, 193])
+@pytest.mark.parametrize(
+    "num_rows", [1, 16, 17, 33, 48, 64, 65, 81, 97, 113, 128, 150, 161, 192, 193]
+)
 def test_streamed_weights(
     device: torch.device, rng: torch.Generator, dtype: torch.dtype, num_rows: int
 ) -> None:

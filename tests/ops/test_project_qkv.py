@@ -93,7 +93,7 @@ def test_rows(
     check_close("project_qkv", case, exact=("residual", "x_cache", "q_old", "k_old"))
 
 
-@pytest.mark.parametrize("num_rows", [1, 16, 48, 65, 128, 129, 192])
+@pytest.mark.parametrize("num_rows", [1, 16, 30, 48, 65, 81, 113, 128, 129, 161, 192])
 @pytest.mark.parametrize("heads", [(34, 17), (2, 1)], ids=str)
 def test_streamed_weights(
     device: torch.device,

@@ -95,7 +95,17 @@ __device__ inline void wait_cluster() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// 16 bytes of the shared memory of block `rank` of the cluster.
+// 8 or 16 bytes of the shared memory of block `rank` of the cluster.
+__device__ inline void load_from(uint32_t shared, int rank, uint32_t (&v)[2]) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "ld.shared::cluster.v2.b32 {%0, %1}, [remote];\n}"
+      : "=r"(v[0]), "=r"(v[1])
+      : "r"(shared), "r"(rank)
+      : "memory");
+}
+
 __device__ inline void load_from(uint32_t shared, int rank, float (&v)[4]) {
   asm volatile(
       "{\n.reg .b32 remote;\n"

@@ -107,22 +107,19 @@ __device__ __forceinline__ void end(float (&c)[N][4]) {
 
 // "%0, %1, ..." for so many registers.
 #define ELASTIC_CACHE_LIST_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define ELASTIC_CACHE_LIST_24 \
-  ELASTIC_CACHE_LIST_8        \
-  ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
-#define ELASTIC_CACHE_LIST_32                                              \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define ELASTIC_CACHE_LIST_64                                                        \
-  ELASTIC_CACHE_LIST_32                                                              \
-  ", "                                                                               \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define ELASTIC_CACHE_LIST_96                                                        \
-  ELASTIC_CACHE_LIST_64                                                              \
-  ", "                                                                               \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define ELASTIC_CACHE_LIST_16 ELASTIC_CACHE_LIST_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define ELASTIC_CACHE_LIST_24 ELASTIC_CACHE_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define ELASTIC_CACHE_LIST_32 ELASTIC_CACHE_LIST_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define ELASTIC_CACHE_LIST_40 ELASTIC_CACHE_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define ELASTIC_CACHE_LIST_48 ELASTIC_CACHE_LIST_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define ELASTIC_CACHE_LIST_56 ELASTIC_CACHE_LIST_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define ELASTIC_CACHE_LIST_64 ELASTIC_CACHE_LIST_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define ELASTIC_CACHE_LIST_80 \
+  ELASTIC_CACHE_LIST_64       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define ELASTIC_CACHE_LIST_96 \
+  ELASTIC_CACHE_LIST_80       \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 // c += a b^T: a 64 x 16, b [8 kGroups][16], its rows those of the blocks.
 template <int kGroups>
@@ -163,67 +160,75 @@ __device__ __forceinline__ void multiply(float (&c)[kGroups][4], const uint32_t 
   }
 }
 
-// c = keep c + a b, keep 0 or 1: the same with `a` [64][16] in shared memory, its rows those of a
-// block.
-template <int kGroups>
-__device__ __forceinline__ void multiply(float (&c)[kGroups][4], uint64_t a, uint64_t b, int keep) {
-  static_assert(kGroups == 16 || kGroups == 24);
-  if constexpr (kGroups == 16) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{" ELASTIC_CACHE_LIST_64
-        "}, "
-        "%64, %65, p, 1, 1, 0, 1;\n}"
-        : ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
-          ELASTIC_CACHE_REGISTERS_16(&c[8]), ELASTIC_CACHE_REGISTERS_16(&c[12])
-        : "l"(a), "l"(b), "r"(keep));
-  } else {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %98, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
-        "{" ELASTIC_CACHE_LIST_96
-        "}, "
-        "%96, %97, p, 1, 1, 0, 1;\n}"
-        : ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
-          ELASTIC_CACHE_REGISTERS_16(&c[8]), ELASTIC_CACHE_REGISTERS_16(&c[12]),
-          ELASTIC_CACHE_REGISTERS_16(&c[16]), ELASTIC_CACHE_REGISTERS_16(&c[20])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-}
+// A product of operands in shared memory.
+#define ELASTIC_CACHE_MULTIPLY(columns, list, at_a, at_b, at_keep, at_transposed, ...) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, " at_keep                             \
+               ", 0;\n"                                                                \
+               "wgmma.mma_async.sync.aligned.m64n" columns                             \
+               "k16.f32.bf16.bf16 "                                                    \
+               "{" list "}, " at_a ", " at_b ", p, 1, 1, " at_transposed ", 0;\n}"     \
+               : __VA_ARGS__                                                           \
+               : "l"(a), "l"(b), "r"(keep), "n"(kTurnsA ? 1 : 0))
 
 // c = keep c + a b^T, keep 0 or 1: a [64][16] and b [8 kGroups][16] in shared memory, their rows
-// those of blocks.
-template <int kGroups>
+// those of blocks. kTurnsA: c = keep c + a^T b^T, a [16][64].
+template <int kGroups, bool kTurnsA = false>
 __device__ __forceinline__ void multiply_transposed(float (&c)[kGroups][4], uint64_t a, uint64_t b,
                                                     int keep) {
-  static_assert(kGroups == 2 || kGroups == 6);
   if constexpr (kGroups == 2) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %10, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-        "{" ELASTIC_CACHE_LIST_8
-        "}, "
-        "%8, %9, p, 1, 1, 0, 0;\n}"
-        : ELASTIC_CACHE_REGISTERS_4(c[0]), ELASTIC_CACHE_REGISTERS_4(c[1])
-        : "l"(a), "l"(b), "r"(keep));
+    ELASTIC_CACHE_MULTIPLY("16", ELASTIC_CACHE_LIST_8, "%8", "%9", "%10", "%11",
+                           ELASTIC_CACHE_REGISTERS_4(c[0]), ELASTIC_CACHE_REGISTERS_4(c[1]));
+  } else if constexpr (kGroups == 4) {
+    ELASTIC_CACHE_MULTIPLY("32", ELASTIC_CACHE_LIST_16, "%16", "%17", "%18", "%19",
+                           ELASTIC_CACHE_REGISTERS_16(&c[0]));
+  } else if constexpr (kGroups == 6) {
+    ELASTIC_CACHE_MULTIPLY("48", ELASTIC_CACHE_LIST_24, "%24", "%25", "%26", "%27",
+                           ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_4(c[4]),
+                           ELASTIC_CACHE_REGISTERS_4(c[5]));
+  } else if constexpr (kGroups == 8) {
+    ELASTIC_CACHE_MULTIPLY("64", ELASTIC_CACHE_LIST_32, "%32", "%33", "%34", "%35",
+                           ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]));
+  } else if constexpr (kGroups == 10) {
+    ELASTIC_CACHE_MULTIPLY("80", ELASTIC_CACHE_LIST_40, "%40", "%41", "%42", "%43",
+                           ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
+                           ELASTIC_CACHE_REGISTERS_4(c[8]), ELASTIC_CACHE_REGISTERS_4(c[9]));
+  } else if constexpr (kGroups == 12) {
+    ELASTIC_CACHE_MULTIPLY("96", ELASTIC_CACHE_LIST_48, "%48", "%49", "%50", "%51",
+                           ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
+                           ELASTIC_CACHE_REGISTERS_16(&c[8]));
+  } else if constexpr (kGroups == 14) {
+    ELASTIC_CACHE_MULTIPLY("112", ELASTIC_CACHE_LIST_56, "%56", "%57", "%58", "%59",
+                           ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
+                           ELASTIC_CACHE_REGISTERS_16(&c[8]), ELASTIC_CACHE_REGISTERS_4(c[12]),
+                           ELASTIC_CACHE_REGISTERS_4(c[13]));
+  } else if constexpr (kGroups == 16) {
+    ELASTIC_CACHE_MULTIPLY("128", ELASTIC_CACHE_LIST_64, "%64", "%65", "%66", "%67",
+                           ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
+                           ELASTIC_CACHE_REGISTERS_16(&c[8]), ELASTIC_CACHE_REGISTERS_16(&c[12]));
+  } else if constexpr (kGroups == 20) {
+    ELASTIC_CACHE_MULTIPLY("160", ELASTIC_CACHE_LIST_80, "%80", "%81", "%82", "%83",
+                           ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
+                           ELASTIC_CACHE_REGISTERS_16(&c[8]), ELASTIC_CACHE_REGISTERS_16(&c[12]),
+                           ELASTIC_CACHE_REGISTERS_16(&c[16]));
   } else {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %26, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
-        "{" ELASTIC_CACHE_LIST_24
-        "}, "
-        "%24, %25, p, 1, 1, 0, 0;\n}"
-        : ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_4(c[4]),
-          ELASTIC_CACHE_REGISTERS_4(c[5])
-        : "l"(a), "l"(b), "r"(keep));
+    static_assert(kGroups == 24);
+    ELASTIC_CACHE_MULTIPLY("192", ELASTIC_CACHE_LIST_96, "%96", "%97", "%98", "%99",
+                           ELASTIC_CACHE_REGISTERS_16(&c[0]), ELASTIC_CACHE_REGISTERS_16(&c[4]),
+                           ELASTIC_CACHE_REGISTERS_16(&c[8]), ELASTIC_CACHE_REGISTERS_16(&c[12]),
+                           ELASTIC_CACHE_REGISTERS_16(&c[16]), ELASTIC_CACHE_REGISTERS_16(&c[20]));
   }
 }
 
+#undef ELASTIC_CACHE_MULTIPLY
 #undef ELASTIC_CACHE_LIST_96
+#undef ELASTIC_CACHE_LIST_80
 #undef ELASTIC_CACHE_LIST_64
+#undef ELASTIC_CACHE_LIST_56
+#undef ELASTIC_CACHE_LIST_48
+#undef ELASTIC_CACHE_LIST_40
 #undef ELASTIC_CACHE_LIST_32
 #undef ELASTIC_CACHE_LIST_24
+#undef ELASTIC_CACHE_LIST_16
 #undef ELASTIC_CACHE_LIST_8
 #undef ELASTIC_CACHE_REGISTERS_16
 #undef ELASTIC_CACHE_REGISTERS_4

@@ -2,6 +2,8 @@
 // A strip's weights come from memory once, prefetched while the strip before it is computed, and
 // stay in the first two cache levels while the tiles pass over them.
 // Why not the vendor's product: at 16 to 48 rows it reaches a third of what it does at 350.
+// bfloat16 is widened, or, where the processor multiplies it (AVX512-BF16), taken as it is, two
+// terms an instruction; that takes subnormal numbers as zeros.
 #pragma once
 
 #include <utility>
@@ -21,12 +23,12 @@ inline constexpr int64_t kLinearBlock = 256;
 // are no faster; with AVX2 12 sums, two weights and a broadcast are 15 of 16.
 #ifdef __AVX512F__
 inline constexpr int kTileRows = 15;
+using Ushort16 = uint16_t __attribute__((vector_size(32)));
 struct StripVector {
   __m512 all = _mm512_setzero_ps();
 };
 inline StripVector load_strip(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline StripVector load_strip(const BFloat16* p) {
-  using Ushort16 = uint16_t __attribute__((vector_size(32)));
   using Uint16 = uint32_t __attribute__((vector_size(64)));
   Ushort16 x;
   std::memcpy(&x, p, sizeof(x));
@@ -36,6 +38,24 @@ inline void keep_in_register(StripVector& x) { asm("" : "+v"(x.all)); }
 inline void add_product(const StripVector& weight, float x, StripVector& sum) {
   sum.all = _mm512_fmadd_ps(weight.all, _mm512_set1_ps(x), sum.all);
 }
+#ifdef __AVX512BF16__
+// A row of a strip and the next one, their elements of a column side by side.
+inline StripVector load_pairs(const BFloat16* p, int64_t stride) {
+  Ushort16 first, second;
+  std::memcpy(&first, p, sizeof(first));
+  std::memcpy(&second, p + stride, sizeof(second));
+  return {bit_cast<__m512>(__builtin_shufflevector(
+      first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
+      11, 27, 12, 28, 13, 29, 14, 30, 15, 31))};
+}
+// Adds the products with two neighbours of x.
+inline void add_products(const StripVector& weights, const BFloat16* x, StripVector& sum) {
+  int32_t pair;
+  std::memcpy(&pair, x, sizeof(pair));
+  sum.all = _mm512_dpbf16_ps(sum.all, bit_cast<__m512bh>(weights.all),
+                             bit_cast<__m512bh>(_mm512_set1_epi32(pair)));
+}
+#endif
 inline void add_to(float* total, const StripVector& sum) {
   _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), sum.all));
 }
@@ -68,7 +88,19 @@ template <int NR, bool kPrefetchNext, class T>
 void add_block(const T* x, int64_t x_stride, const T* weight, int64_t weight_stride, int64_t num_k,
                float* total) {
   StripVector sum[NR];
-  for (int64_t k = 0; k < num_k; ++k, weight += weight_stride) {
+  int64_t k = 0;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    for (; k + 2 <= num_k; k += 2, weight += 2 * weight_stride) {
+      if constexpr (kPrefetchNext) __builtin_prefetch(weight + kStrip);
+      if constexpr (kPrefetchNext) __builtin_prefetch(weight + weight_stride + kStrip);
+      StripVector w = load_pairs(weight, weight_stride);
+      keep_in_register(w);
+      for (int r = 0; r < NR; ++r) add_products(w, x + r * x_stride + k, sum[r]);
+    }
+  }
+#endif
+  for (; k < num_k; ++k, weight += weight_stride) {
     if constexpr (kPrefetchNext) __builtin_prefetch(weight + kStrip);
     StripVector w = load_strip(weight);
     keep_in_register(w);

@@ -6,6 +6,7 @@
 // terms an instruction; that takes subnormal numbers as zeros.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "common.h"
@@ -23,12 +24,12 @@ inline constexpr int64_t kLinearBlock = 256;
 // are no faster; with AVX2 12 sums, two weights and a broadcast are 15 of 16.
 #ifdef __AVX512F__
 inline constexpr int kTileRows = 15;
-using Ushort16 = uint16_t __attribute__((vector_size(32)));
 struct StripVector {
   __m512 all = _mm512_setzero_ps();
 };
 inline StripVector load_strip(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline StripVector load_strip(const BFloat16* p) {
+  using Ushort16 = uint16_t __attribute__((vector_size(32)));
   using Uint16 = uint32_t __attribute__((vector_size(64)));
   Ushort16 x;
   std::memcpy(&x, p, sizeof(x));
@@ -41,12 +42,15 @@ inline void add_product(const StripVector& weight, float x, StripVector& sum) {
 #ifdef __AVX512BF16__
 // A row of a strip and the next one, their elements of a column side by side.
 inline StripVector load_pairs(const BFloat16* p, int64_t stride) {
-  Ushort16 first, second;
-  std::memcpy(&first, p, sizeof(first));
-  std::memcpy(&second, p + stride, sizeof(second));
-  return {bit_cast<__m512>(__builtin_shufflevector(
-      first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
-      11, 27, 12, 28, 13, 29, 14, 30, 15, 31))};
+  alignas(64) static constexpr uint16_t kOrder[] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const auto twice = [](const BFloat16* row) {  // fills both halves of the register
+    return _mm512_maskz_broadcast_i64x4(
+        0xFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+  };
+  const __m512i order = _mm512_load_si512(kOrder);
+  return {bit_cast<__m512>(_mm512_permutex2var_epi16(twice(p), order, twice(p + stride)))};
 }
 // Adds the products with two neighbours of x.
 inline void add_products(const StripVector& weights, const BFloat16* x, StripVector& sum) {

@@ -257,6 +257,7 @@ __device__ inline void store_rows(const Problem& p, int row, int column, const f
   store_rows(p, row, column, {packed(c[0], c[1]), packed(c[2], c[3])});
 }
 
+// The first of this warp's 16 columns.
 template <class F>
 __device__ inline int first_column(int tile) {
   return tile * F::kBlocks * kBlockColumns + static_cast<int>(threadIdx.x) / 32 * 16;

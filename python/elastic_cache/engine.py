@@ -180,14 +180,15 @@ def runner_shape(
     model: Model, policy: Policy, settings: GenerationConfig, length: int
 ) -> RunnerShape:
     """The runner that a request for a sequence of `length` positions needs."""
+    capacity = capacity_for(length, model)
     return RunnerShape(
         num_sequences=1,
-        capacity=capacity_for(length, model),
+        capacity=capacity,
         needs=policy.needs,
         num_candidates=policy.num_candidates,
         track_num=settings.track_num if policy.tests_drift else 0,
         num_chosen=policy.num_rows,
-        max_rows=length,
+        max_rows=capacity,
         selects_rows=policy.window > 0,
         tests_drift=policy.tests_drift,
         rolling=policy.rolling,

@@ -274,6 +274,21 @@ def test_a_failed_request_leaves_the_engine_usable() -> None:
     assert torch.equal(engine.generate(question, gen_length=64).ids, expected.ids)
 
 
+@pytest.mark.parametrize("policy", ["none", "dual", "elastic", "rolling"])
+def test_requests_of_other_lengths_use_the_same_runner(policy: str) -> None:
+    """A longer one, then a shorter one, each as a fresh engine answers it."""
+    settings = dict(policy=policy, num_rows=24)
+    engine, runners = elastic_cache.load("tiny", device="cuda"), set()
+    for ids in ([5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [15, 16]):
+        request = engine.stream(ids, gen_length=40, **settings)
+        runners.add(request._advance.__self__._runner)
+        for _ in request:
+            pass
+        fresh = elastic_cache.load("tiny", device="cuda").generate(ids, gen_length=40, **settings)
+        assert torch.equal(request.result.ids, fresh.ids)
+    assert len(runners) == 1
+
+
 def test_requests_that_take_turns_do_not_mix() -> None:
     engine = elastic_cache.load("tiny", device="cuda")
     asked = list(questions())[:2]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import elastic_cache
 import pytest
 import torch
 from elastic_cache import engine as engine_module
-from elastic_cache.engine import Engine
+from elastic_cache.config import GenerationConfig
+from elastic_cache.engine import Engine, runner_shape
 from elastic_cache.memory import SCRATCH_BYTES
+from elastic_cache.policies import make_policy
 from elastic_cache.request import Request
 from elastic_cache.runner import Runner
 
@@ -35,6 +39,21 @@ def test_a_finished_request_lends_its_runner_to_the_next_of_its_shape(engine: En
     assert runner_of(second) is runner_of(first)
     assert runner_of(engine.stream(QUESTION, gen_length=12)) is not runner_of(first)
     assert runner_of(engine.stream(QUESTION, gen_length=13)) is not runner_of(first)
+
+
+@pytest.mark.parametrize("policy", ["none", "prefix", "dual", "elastic", "rolling"])
+def test_on_a_gpu_prompts_of_other_lengths_have_the_same_shape(engine: Engine, policy: str) -> None:
+    """Else each would capture its steps anew."""
+    model: Any = SimpleNamespace(device=torch.device("cuda"), config=engine.model.config)
+    settings = GenerationConfig(policy=policy, gen_length=64)
+
+    def shape_for(prompt: int) -> object:
+        masked = [False] * prompt + [True] * 64
+        plan = make_policy(masked, settings, model.config.eos_id)
+        return runner_shape(model, plan, settings, len(masked))
+
+    assert shape_for(40) == shape_for(43) == shape_for(192)
+    assert shape_for(193) != shape_for(192)  # 257 positions
 
 
 def test_a_runner_that_was_used_before_gives_the_same_answer(engine: Engine) -> None:

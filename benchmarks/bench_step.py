@@ -129,7 +129,6 @@ def make_runner(
         num_candidates=WINDOW,
         track_num=1,
         num_chosen=rolling_rows,
-        max_rows=length,
         selects_rows=True,
         tests_drift=tests_drift,
         rolling=RollingPolicy.rolling if rolling_rows else None,

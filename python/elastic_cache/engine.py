@@ -158,16 +158,13 @@ class Engine:
 
 def batch_shape(model: Model, num_lanes: int, capacity: int) -> RunnerShape:
     """The runner that requests of any window policy share."""
-    window, rows = MAX_BATCH_WINDOW, MAX_BATCH_ROWS
-    most_rows = max(rows, 2 * window + model.config.num_layers)
     return RunnerShape(
         num_sequences=num_lanes,
         capacity=capacity_for(capacity, model),
         needs=CacheNeeds(keys_values=True, queries=True, inputs=True),
-        num_candidates=window,
+        num_candidates=MAX_BATCH_WINDOW,
         track_num=1,
-        num_chosen=rows,
-        max_rows=num_lanes * most_rows,
+        num_chosen=MAX_BATCH_ROWS,
         selects_rows=True,
         tests_drift=True,
         rolling=RollingPolicy.rolling,
@@ -180,15 +177,13 @@ def runner_shape(
     model: Model, policy: Policy, settings: GenerationConfig, length: int
 ) -> RunnerShape:
     """The runner that a request for a sequence of `length` positions needs."""
-    capacity = capacity_for(length, model)
     return RunnerShape(
         num_sequences=1,
-        capacity=capacity,
+        capacity=capacity_for(length, model),
         needs=policy.needs,
         num_candidates=policy.num_candidates,
         track_num=settings.track_num if policy.tests_drift else 0,
         num_chosen=policy.num_rows,
-        max_rows=capacity,
         selects_rows=policy.window > 0,
         tests_drift=policy.tests_drift,
         rolling=policy.rolling,

@@ -68,7 +68,8 @@ class Runner:
         )
         report = self._report.device
         self._state = DecodeState.allocate(report, shape.capacity, tracking)
-        self._lists = RowLists.allocate(report, work_rows(shape), num_candidates)
+        max_rows = work_rows(shape, depth)
+        self._lists = RowLists.allocate(report, max_rows, num_candidates)
         self._full = FullLists.allocate(self._state, shape.num_candidates, depth)
         self._drift = self._full_drift = None
         if shape.tests_drift:
@@ -76,7 +77,7 @@ class Runner:
             self._full_drift = drift.aside() if count > 1 else drift
         self._tests_drift = torch.zeros(count, dtype=torch.bool, device=device)
         cache = Cache(model.config, count, shape.capacity, shape.needs, device, model.dtype)
-        self._forward = Forward(model, cache, work_rows(shape), max_deferred(model, shape))
+        self._forward = Forward(model, cache, max_rows, max_deferred(model, shape))
         self._decoder = Decoder(model, count, shape.num_candidates, shape.has_noise)
         self._rule = CommitRule(count, device)
         self._graphs = Graphs(capture_stream)

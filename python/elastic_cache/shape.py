@@ -28,7 +28,6 @@ class RunnerShape:
         num_candidates: the most positions decoded in a step, of a sequence.
         track_num: tracked tokens per layer where drift is tested.
         num_chosen: the most rows that `rolling` chooses.
-        max_rows: the most rows of a window pass.
         selects_rows: whether the device lists the rows of a step; else plans do.
         tests_drift, has_noise: whether any sequence may.
         rolling: how rows are chosen; None: no sequence does.
@@ -41,7 +40,6 @@ class RunnerShape:
     num_candidates: int
     track_num: int
     num_chosen: int
-    max_rows: int
     selects_rows: bool
     tests_drift: bool
     rolling: RollingRule | None
@@ -93,7 +91,7 @@ def runner_bytes(model: Model, shape: RunnerShape) -> int:
     """Device memory that a runner's caches and buffers will take."""
     meta = torch.device("meta")
     cache = Cache(model.config, shape.num_sequences, shape.capacity, shape.needs, meta, model.dtype)
-    work = Workspace.allocate(model, work_rows(shape), meta)
+    work = Workspace.allocate(model, work_rows(shape, model.config.num_layers), meta)
     overwritten = OverwrittenRows.allocate(model, max_deferred(model, shape), meta)
     noise = 16 * shape.num_sequences * shape.num_candidates * model.config.vocab_size
     return (
@@ -106,9 +104,15 @@ def captured_rows(shape: RunnerShape) -> int:
     return MAX_CAPTURED_ROWS * shape.num_sequences
 
 
-def work_rows(shape: RunnerShape) -> int:
-    """Rows that any pass may have."""
-    return max(shape.capacity, shape.max_rows, captured_rows(shape))
+def work_rows(shape: RunnerShape, depth: int) -> int:
+    """Rows that any pass of a model of `depth` layers may have.
+
+    Those of a sequence's window pass are what `rolling` fills; or the window, as many that the step
+    before committed, and what is tracked in every layer.
+    """
+    listed = max(shape.num_chosen, 2 * shape.num_candidates + depth * shape.track_num)
+    window_pass = shape.num_sequences * min(listed, shape.capacity)
+    return max(shape.capacity, window_pass, captured_rows(shape))
 
 
 def max_deferred(model: Model, shape: RunnerShape) -> int:

@@ -96,8 +96,10 @@ void add_block(const T* x, int64_t x_stride, const T* weight, int64_t weight_str
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, BFloat16>) {
     for (; k + 2 <= num_k; k += 2, weight += 2 * weight_stride) {
-      if constexpr (kPrefetchNext) __builtin_prefetch(weight + kStrip);
-      if constexpr (kPrefetchNext) __builtin_prefetch(weight + weight_stride + kStrip);
+      if constexpr (kPrefetchNext) {
+        __builtin_prefetch(weight + kStrip);
+        __builtin_prefetch(weight + weight_stride + kStrip);
+      }
       StripVector w = load_pairs(weight, weight_stride);
       keep_in_register(w);
       for (int r = 0; r < NR; ++r) add_products(w, x + r * x_stride + k, sum[r]);

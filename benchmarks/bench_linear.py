@@ -15,7 +15,7 @@ def make_case(data: Data, num_rows: int, in_features: int, out_features: int) ->
     out = data.normal(num_rows, out_features)
     return Case(
         f"{num_rows} rows, {in_features} -> {out_features}",
-        native=lambda: ops.linear(x, weight, None, out),
+        native=lambda: ops.linear(x, weight, None, out, False),
         plain=lambda: torch.mm(x, weight, out=out),
         num_bytes=num_bytes(x, weight, out),
     )

@@ -31,15 +31,15 @@ def make_case(data: Data, num_rows: int) -> Case:
 
     def fused() -> None:
         for out, both, down in layers:
-            ops.output_mlp(attention, out, residual, norm, 1e-5, both, down, *buffers)
+            ops.output_mlp(attention, out, residual, norm, 1e-5, both, down, *buffers, False)
 
     def parts() -> None:
         for out, both, down in layers:
-            ops.linear(attention, out, None, delta)
+            ops.linear(attention, out, None, delta, False)
             ops.add_rms_norm(residual, delta, norm, 1e-5, hidden, None, None)
-            ops.linear(hidden, both, None, gate_up)
+            ops.linear(hidden, both, None, gate_up, False)
             ops.swiglu(gate_up, activation)
-            ops.linear(activation, down, None, delta)
+            ops.linear(activation, down, None, delta, False)
 
     weights = [matrix for matrices in layers for matrix in matrices]
     flops = 2 * num_rows * sum(matrix.numel() for matrix in weights)

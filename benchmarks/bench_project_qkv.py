@@ -29,13 +29,13 @@ def make_case(data: Data, num_rows: int) -> Case:
         for w in weights:
             ops.project_qkv(
                 *(residual, delta, norm, 1e-5, w, None, rows, rope, capacity, None, x_cache),
-                *(*caches, *old, hidden, qkv),
+                *(*caches, *old, hidden, qkv, False),
             )
 
     def parts() -> None:
         for w in weights:
             ops.add_rms_norm(residual, delta, norm, 1e-5, hidden, rows, x_cache)
-            ops.linear(hidden, w, None, qkv)
+            ops.linear(hidden, w, None, qkv, False)
             ops.cache_write(qkv, rows, rope, capacity, None, *caches, *old)
 
     flops = 2 * num_rows * width * 3 * width * num_layers

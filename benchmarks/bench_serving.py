@@ -12,8 +12,9 @@ the median over requests of their median step, and the 99th percentile of their 
 
 --inflate gives the embedded model the size of LLaDA-8B with the same answers; --shape takes random
 weights, which never emit EOS: every request ends after --max-steps steps then. --soak asks for as
-many seconds with --clients streams and compares every answer with the one given alone; it ends
-with exit status 1 if one differs, is lost or fails, or if memory grows.
+many seconds with --clients streams and compares every answer with the one given one at a time (on a
+GPU they are the same with --batch-invariant alone); it ends with exit status 1 if one differs, is
+lost or fails, or if memory grows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import platform
 import random
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,8 @@ class Bench:
     def soak(self, cell: Cell) -> bool:
         """Prints the verdict; whether it is good."""
         options, settings = self._options, request_settings(cell, self._options)
-        alone = self._engine or load_engine(options)
-        answers = {
-            question: alone.generate(question, **dataclasses.asdict(cell.settings)).text or ""
-            for question in map(str, self._prompts)
-        }
+        alone = self._engine or load_engine(options, options.batch_invariant)
+        answers = answer_alone(alone, map(str, self._prompts), max(options.batch), cell)
         lengths = (options.clients, options.soak)
         if self._engine is None:
             del alone
@@ -191,6 +189,19 @@ class Bench:
         if self._engine is not None:
             return environment(self._engine)
         return {"client": f"{platform.system()} {platform.machine()}", "server": "over HTTP"}
+
+
+def answer_alone(
+    engine: Engine, questions: Iterable[str], num_lanes: int, cell: Cell
+) -> dict[str, str]:
+    """Answers by question, one at a time, in as many lanes as they will be given together in."""
+    batch, answers = engine.batch(num_lanes), {}
+    for question in questions:
+        request = batch.add(question, **dataclasses.asdict(cell.settings))
+        while not request.is_finished:
+            batch.step()
+        answers[question] = request.result.text or ""
+    return answers
 
 
 def request_settings(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
@@ -255,6 +266,7 @@ def read_prompts(options: argparse.Namespace, engine: Engine | None) -> list[Pro
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shared.add_model(parser)
+    shared.add_batch_invariant(parser)
     parser.add_argument("--inflate", help="llada-8b: the model at that size, same answers")
     parser.add_argument("--shape", help="random weights: llada-8b or small")
     parser.add_argument("--prompt-length", type=int, default=256, help="tokens, with --shape")
@@ -310,11 +322,12 @@ def make_engine(options: argparse.Namespace) -> Engine | None:
     if options.url is not None:
         return None
     if options.shape is None:
-        return load_engine(options)
+        return load_engine(options, options.batch_invariant)
     if options.shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {options.shape!r}")
     device, dtype = find_device(options.device), find_dtype(options.dtype)
-    return Engine(random_model(options.shape, device, dtype))
+    model = random_model(options.shape, device, dtype)
+    return Engine(model, batch_invariant=options.batch_invariant)
 
 
 def main() -> int:

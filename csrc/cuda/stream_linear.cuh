@@ -11,7 +11,10 @@
 // 64 columns, in one block or in both, and each finishes half of the rows.
 //
 // A warpgroup multiplies 64 columns with all rows, w^T x^T: so its products are as wide as there
-// are rows, and not a multiple of 64.
+// are rows, and not a multiple of 64. More rows than a form has are cut into chunks, each a block's
+// (or cluster's) with the same columns: chunks of a tile follow each other, so that what one reads
+// of the weights the next finds in the second-level cache. A sum's order depends neither on the
+// form nor on the chunk: so a row's result is the same whatever rows are beside it.
 #pragma once
 
 #include <algorithm>
@@ -62,20 +65,22 @@ struct Form {
 
 struct Problem {
   bf16* out;
+  const bf16* bias;  // or null; not of the gated form
   int num_rows;
   int num_columns;  // of out
   int num_steps;    // stages of the whole of k
-  int num_tiles;
-  int window;  // stages
+  int num_chunks;   // of rows
+  int num_items;    // tiles times chunks
+  int window;       // stages
 };
 
 // The rings in shared memory, and what a block has to do.
 template <class F>
 struct Work {
   uint32_t ring;
-  int rank;  // in the cluster; which split of k, or of a gated tile
-  int first_tile;
-  int tile_stride;
+  int rank;        // in the cluster; which split of k, or of a gated tile
+  int first_item;  // a tile's chunk
+  int item_stride;
   int first_step;
   int num_steps;
 
@@ -83,14 +88,18 @@ struct Work {
     ring = shared_address(shared);
     const int block = static_cast<int>(blockIdx.x);
     rank = block % F::kCluster;
-    first_tile = block / F::kCluster;
-    tile_stride = static_cast<int>(gridDim.x) / F::kCluster;
+    first_item = block / F::kCluster;
+    item_stride = static_cast<int>(gridDim.x) / F::kCluster;
     const int split = F::kIsGated ? 0 : rank;
     first_step = p.num_steps * split / F::kSplits;
     num_steps = p.num_steps * (split + 1) / F::kSplits - first_step;
   }
 
   __device__ int k(int step) const { return (first_step + step) * kDepth; }
+  __device__ static int tile(const Problem& p, int item) { return item / p.num_chunks; }
+  __device__ static int first_row(const Problem& p, int item) {
+    return item % p.num_chunks * F::kRows;
+  }
   __device__ uint32_t weights(int slot) const { return ring + slot * F::kWeightBytes; }
   __device__ uint32_t inputs(int slot) const {
     return ring + F::kInputOffset + slot * F::kInputBytes;
@@ -147,7 +156,8 @@ __device__ void copy_weights(const Work<F>& work, const Problem& p, const CUtens
   const uint64_t policy = evict_first_policy();
   Place<F::kStages> place, landed;
   int under_way = 0;
-  for (int tile = work.first_tile; tile < p.num_tiles; tile += work.tile_stride) {
+  for (int item = work.first_item; item < p.num_items; item += work.item_stride) {
+    const int tile = work.tile(p, item);
     for (int step = 0; step < work.num_steps; ++step, place.advance()) {
       wait_barrier(work.empty(place.slot), place.parity ^ 1);
       if (under_way == p.window) {
@@ -167,12 +177,13 @@ template <class F>
 __device__ void copy_inputs(const Work<F>& work, const Problem& p, const CUtensorMap* map) {
   const uint64_t policy = evict_last_policy();
   Place<F::kInputStages> place;
-  for (int tile = work.first_tile; tile < p.num_tiles; tile += work.tile_stride) {
+  for (int item = work.first_item; item < p.num_items; item += work.item_stride) {
+    const int row = work.first_row(p, item);
     for (int step = 0; step < work.num_steps; ++step, place.advance()) {
       const int slot = F::kStages + place.slot;
       wait_barrier(work.empty(slot), place.parity ^ 1);
       expect_bytes(work.full(slot), F::kInputBytes);
-      copy_box(work.inputs(place.slot), map, work.full(slot), work.k(step), 0, policy);
+      copy_box(work.inputs(place.slot), map, work.full(slot), work.k(step), row, policy);
     }
   }
 }
@@ -253,8 +264,19 @@ __device__ inline void store_rows(const Problem& p, int row, int column,
   *reinterpret_cast<uint2*>(p.out + static_cast<int64_t>(row) * p.num_columns + column) = four;
 }
 
-__device__ inline void store_rows(const Problem& p, int row, int column, const float (&c)[4]) {
-  store_rows(p, row, column, {packed(c[0], c[1]), packed(c[2], c[3])});
+// The bias of this thread's columns, of 16 from `column` on.
+__device__ inline float2 bias_of(const Problem& p, int column) {
+  const int first = column + static_cast<int>(threadIdx.x) % 32 / 4;
+  const auto at = [&](int i) {
+    return p.bias != nullptr && i < p.num_columns ? to_float(p.bias[i]) : 0.0f;
+  };
+  return make_float2(at(first), at(first + 8));
+}
+
+__device__ inline void store_rows(const Problem& p, int row, int column, const float (&c)[4],
+                                  float2 bias) {
+  store_rows(p, row, column,
+             {packed(c[0] + bias.x, c[1] + bias.x), packed(c[2] + bias.y, c[3] + bias.y)});
 }
 
 // The first of this warp's 16 columns.
@@ -264,10 +286,13 @@ __device__ inline int first_column(int tile) {
 }
 
 template <class F>
-__device__ inline void store_tile(const Problem& p, int tile, const float (&c)[F::kGroups][4]) {
+__device__ inline void store_tile(const Problem& p, int tile, int row,
+                                  const float (&c)[F::kGroups][4]) {
+  const int column = first_column<F>(tile);
+  const float2 bias = bias_of(p, column);
 #pragma unroll
-  for (int i = 0; i < F::kGroups; ++i) {
-    if (i * 8 < p.num_rows) store_rows(p, i * 8, first_column<F>(tile), c[i]);
+  for (int i = 0; i < F::kGroups; ++i, row += 8) {
+    if (row < p.num_rows) store_rows(p, row, column, c[i], bias);
   }
 }
 
@@ -309,14 +334,16 @@ __device__ inline void store_sums(const Work<F>& work, const Problem& p) {
   constexpr int kMine = (F::kGroups + F::kSplits - 1) / F::kSplits;
   // Groups asked for before the first is added: an answer takes a microsecond.
   constexpr int kTogether = kMine < 8 ? kMine : 8;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), item = work.first_item;
+  const int first_row = work.first_row(p, item), column = first_column<F>(work.tile(p, item));
+  const float2 bias = bias_of(p, column);
 #pragma unroll
   for (int first = 0; first < kMine; first += kTogether) {
     float parts[kTogether][F::kSplits][4];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int group = (first + i) * F::kSplits + work.rank;
-      if (group >= F::kGroups || group * 8 >= p.num_rows) break;
+      if (group >= F::kGroups || first_row + group * 8 >= p.num_rows) break;
 #pragma unroll
       for (int split = 0; split < F::kSplits; ++split) {
         load_from(part_address<16>(work, group, thread), split, parts[i][split]);
@@ -326,14 +353,14 @@ __device__ inline void store_sums(const Work<F>& work, const Problem& p) {
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int group = (first + i) * F::kSplits + work.rank;
-      if (group >= F::kGroups || group * 8 >= p.num_rows) break;
+      if (group >= F::kGroups || first_row + group * 8 >= p.num_rows) break;
       float (&sum)[4] = parts[i][0];
 #pragma unroll
       for (int split = 1; split < F::kSplits; ++split) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) sum[n] += parts[i][split][n];
       }
-      store_rows(p, group * 8, first_column<F>(work.first_tile), sum);
+      store_rows(p, first_row + group * 8, column, sum, bias);
     }
   }
 }
@@ -377,11 +404,12 @@ __device__ inline void store_gated(const Work<F>& work, const Problem& p,
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) load_from(part_address<8>(work, i, partner), rank, others[i]);
   arrive_cluster();
-  const int tile = work.first_tile * F::kBlocks + (is_shared ? 1 : work.rank * 2);
-  const int column = tile * kBlockColumns + thread % kGroupThreads / 32 * 16;
+  const int item = work.first_item, first_row = work.first_row(p, item);
+  const int block = work.tile(p, item) * F::kBlocks + (is_shared ? 1 : work.rank * 2);
+  const int column = block * kBlockColumns + thread % kGroupThreads / 32 * 16;
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
-    const int row = ((has_gate ? 0 : kHalf) + i) * 8;
+    const int row = first_row + ((has_gate ? 0 : kHalf) + i) * 8;
     if (row >= p.num_rows) break;
     uint32_t out[2];
 #pragma unroll
@@ -407,9 +435,9 @@ __device__ void consume(const Work<F>& work, const Problem& p) {
     wait_cluster();
     store_sums<F>(work, p);
   } else {
-    for (int tile = work.first_tile; tile < p.num_tiles; tile += work.tile_stride) {
+    for (int item = work.first_item; item < p.num_items; item += work.item_stride) {
       multiply_tile<F>(work, at, c);
-      store_tile<F>(p, tile, c);
+      store_tile<F>(p, work.tile(p, item), work.first_row(p, item), c);
     }
   }
 }

@@ -1,6 +1,8 @@
 // Params of the ops that also are parts of larger ops.
 #pragma once
 
+#include <initializer_list>
+
 #include "checks.h"
 #include "elastic_cache/add_rms_norm.h"
 #include "elastic_cache/cache_write.h"
@@ -23,13 +25,21 @@ inline LinearParams linear_params(DType dtype, const Tensor& x, const Tensor& we
           .out = output<void>(out)};
 }
 
+struct Product {
+  const Tensor& x;
+  const Tensor& weight;
+  const Tensor& out;
+};
+// That rows of all these products can be independent of each other where the tensors are.
+void check_batch_invariant(const Checks& check, std::initializer_list<Product> products);
+
 // linear of a layer's weights, which may be read before earlier work in the stream has ended.
 void layer_linear(DType dtype, const Tensor& x, const Tensor& weight,
-                  const std::optional<Tensor>& bias, const Tensor& out);
+                  const std::optional<Tensor>& bias, const Tensor& out, bool batch_invariant);
 
 // layer_linear into gate_up and swiglu of that into out, or both in one without writing gate_up.
 void layer_gated_linear(DType dtype, const Tensor& x, const Tensor& weight, const Tensor& gate_up,
-                        const Tensor& out);
+                        const Tensor& out, bool batch_invariant);
 
 // `rows` and `x_cache` are null without a layer-input cache.
 inline AddRmsNormParams norm_params(DType dtype, const Tensor& residual, const void* delta,

@@ -38,17 +38,19 @@ STABLE_TORCH_LIBRARY(elastic_cache, m) {
   m.def(
       "add_rms_norm(Tensor(a!) residual, Tensor? delta, Tensor weight, float eps, "
       "Tensor(b!) out, Tensor? rows, Tensor(c!)? x_cache) -> ()");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, bool batch_invariant) -> ()");
   m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
       "project_qkv(Tensor(a!) residual, Tensor? delta, Tensor norm_weight, float eps, "
       "Tensor weight, Tensor? bias, Tensor rows, Tensor rope, int capacity, Tensor? segments, "
       "Tensor(b!)? x_cache, Tensor(c!) q_cache, Tensor(d!) k_cache, Tensor(e!) v_cache, "
-      "Tensor(f!)? q_old, Tensor(g!)? k_old, Tensor(h!) hidden, Tensor(i!) qkv) -> ()");
+      "Tensor(f!)? q_old, Tensor(g!)? k_old, Tensor(h!) hidden, Tensor(i!) qkv, "
+      "bool batch_invariant) -> ()");
   m.def(
       "output_mlp(Tensor attention, Tensor out_weight, Tensor(a!) residual, Tensor norm_weight, "
       "float eps, Tensor gate_up_weight, Tensor down_weight, Tensor(b!) hidden, "
-      "Tensor(c!) gate_up, Tensor(d!) activation, Tensor(e!) delta) -> ()");
+      "Tensor(c!) gate_up, Tensor(d!) activation, Tensor(e!) delta, bool batch_invariant) -> ()");
   m.def(
       "token_confidence(Tensor logits, Tensor? noise, Tensor(a!) token, "
       "Tensor(b!) confidence) -> ()");

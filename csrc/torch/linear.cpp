@@ -55,10 +55,27 @@ void vendor_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   torch::stable::detail::to<Tensor>(stack[0]);  // owns the returned handle
 }
 
+#ifdef ELASTIC_CACHE_CUDA
+bool streams(const Tensor& weight, const Tensor& out, bool batch_invariant) {
+  return out.is_cuda() && weight.stride(1) == 1 &&
+         (batch_invariant || out.size(0) <= cuda::kStreamRows);
+}
+
+// Our own product, where it has a form for it, and one that is no slower than torch's if that does.
+bool own_linear(DType dtype, const Tensor& x, const Tensor& weight,
+                const std::optional<Tensor>& bias, const Tensor& out, cuda::Begin begin,
+                bool batch_invariant) {
+  if (!streams(weight, out, batch_invariant)) return false;
+  const CurrentStream stream(out);
+  return cuda::stream_linear(linear_params(dtype, x, weight, input<void>(bias), out), begin,
+                             stream);
+}
+#endif
+
 }  // namespace
 
 void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-            const Tensor& out) {
+            const Tensor& out, bool batch_invariant) {
   const Checks check("linear", {{"x", x, Type::kModel, Memory::kRows},
                                 {"weight", weight, Type::kModel, Memory::kMatrix},
                                 {"bias", bias, Type::kModel},
@@ -70,31 +87,52 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   check.shape("bias", bias, {{"out_features", out_features}});
   check.shape("out", out, {{"rows", num_rows}, {"out_features", out_features}});
 
-  if (!out.is_cpu()) return vendor_linear(x, weight, bias, out);
-  linear_cpu(linear_params(check.dtype(), x, weight, input<void>(bias), out));
+  if (batch_invariant) check_batch_invariant(check, {{x, weight, out}});
+  if (out.is_cpu())
+    return linear_cpu(linear_params(check.dtype(), x, weight, input<void>(bias), out));
+#ifdef ELASTIC_CACHE_CUDA
+  const auto begin = cuda::Begin::kAfter;
+  if (batch_invariant && own_linear(check.dtype(), x, weight, bias, out, begin, true)) return;
+#endif
+  vendor_linear(x, weight, bias, out);
+}
+
+void check_batch_invariant([[maybe_unused]] const Checks& check,
+                           [[maybe_unused]] std::initializer_list<Product> products) {
+#ifdef ELASTIC_CACHE_CUDA
+  for (const Product& product : products) {
+    const Tensor& weight = product.weight;
+    if (product.out.is_cpu() || product.out.size(0) == 0) continue;
+    const LinearParams params =
+        linear_params(check.dtype(), product.x, weight, nullptr, product.out);
+    check.that(weight.stride(1) == 1 && cuda::can_stream(params),
+               "batch_invariant must be false here: on a GPU rows are independent of each other "
+               "in bfloat16 alone, on compute capability 9.0, with weights stored [in, out] whose "
+               "sizes are multiples of 64, got [",
+               weight.size(0), ", ", weight.size(1), "]");
+  }
+#endif
 }
 
 void layer_linear([[maybe_unused]] DType dtype, const Tensor& x, const Tensor& weight,
-                  const std::optional<Tensor>& bias, const Tensor& out) {
+                  const std::optional<Tensor>& bias, const Tensor& out, bool batch_invariant) {
 #ifdef ELASTIC_CACHE_CUDA
-  if (out.is_cuda() && !bias && weight.stride(1) == 1) {
-    const CurrentStream stream(out);
-    if (cuda::stream_linear(linear_params(dtype, x, weight, nullptr, out), stream)) return;
-  }
+  const auto begin = cuda::Begin::kEarly;
+  if (own_linear(dtype, x, weight, bias, out, begin, batch_invariant)) return;
 #endif
-  linear(x, weight, bias, out);
+  linear(x, weight, bias, out, batch_invariant);
 }
 
 void layer_gated_linear(DType dtype, const Tensor& x, const Tensor& weight, const Tensor& gate_up,
-                        const Tensor& out) {
+                        const Tensor& out, bool batch_invariant) {
 #ifdef ELASTIC_CACHE_CUDA
-  if (out.is_cuda() && weight.stride(1) == 1) {
+  if (streams(weight, out, batch_invariant)) {
     const CurrentStream stream(out);
     const LinearParams params = linear_params(dtype, x, weight, nullptr, gate_up);
     if (cuda::stream_gated_linear(params, output<void>(out), stream)) return;
   }
 #endif
-  layer_linear(dtype, x, weight, std::nullopt, gate_up);
+  layer_linear(dtype, x, weight, std::nullopt, gate_up, batch_invariant);
   swiglu(gate_up, out);
 }
 

@@ -50,7 +50,7 @@ void add_rms_norm(const Tensor& residual, const std::optional<Tensor>& delta, co
                   const std::optional<Tensor>& x_cache);
 
 void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-            const Tensor& out);
+            const Tensor& out, bool batch_invariant);
 
 void swiglu(const Tensor& gate_up, const Tensor& out);
 
@@ -60,12 +60,13 @@ void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
                  int64_t capacity, const std::optional<Tensor>& segments,
                  const std::optional<Tensor>& x_cache, const Tensor& q_cache, const Tensor& k_cache,
                  const Tensor& v_cache, const std::optional<Tensor>& q_old,
-                 const std::optional<Tensor>& k_old, const Tensor& hidden, const Tensor& qkv);
+                 const std::optional<Tensor>& k_old, const Tensor& hidden, const Tensor& qkv,
+                 bool batch_invariant);
 
 void output_mlp(const Tensor& attention, const Tensor& out_weight, const Tensor& residual,
                 const Tensor& norm_weight, double eps, const Tensor& gate_up_weight,
                 const Tensor& down_weight, const Tensor& hidden, const Tensor& gate_up,
-                const Tensor& activation, const Tensor& delta);
+                const Tensor& activation, const Tensor& delta, bool batch_invariant);
 
 void token_confidence(const Tensor& logits, const std::optional<Tensor>& noise, const Tensor& token,
                       const Tensor& confidence);

@@ -10,7 +10,7 @@ namespace elastic_cache::ops {
 void output_mlp(const Tensor& attention, const Tensor& out_weight, const Tensor& residual,
                 const Tensor& norm_weight, double eps, const Tensor& gate_up_weight,
                 const Tensor& down_weight, const Tensor& hidden, const Tensor& gate_up,
-                const Tensor& activation, const Tensor& delta) {
+                const Tensor& activation, const Tensor& delta, bool batch_invariant) {
   const Checks check("output_mlp",
                      {{"attention", attention, Type::kModel},
                       {"out_weight", out_weight, Type::kModel, Memory::kMatrix},
@@ -35,12 +35,17 @@ void output_mlp(const Tensor& attention, const Tensor& out_weight, const Tensor&
   check.shape("gate_up", gate_up, {rows, both});
   check.shape("delta", delta, {rows, width});
 
+  if (batch_invariant) {
+    check_batch_invariant(check, {{attention, out_weight, delta},
+                                  {hidden, gate_up_weight, gate_up},
+                                  {activation, down_weight, delta}});
+  }
   const DType dtype = check.dtype();
   if (!residual.is_cpu()) {  // products stand between the kernels
-    layer_linear(dtype, attention, out_weight, std::nullopt, delta);
+    layer_linear(dtype, attention, out_weight, std::nullopt, delta, batch_invariant);
     add_rms_norm(residual, delta, norm_weight, eps, hidden, std::nullopt, std::nullopt);
-    layer_gated_linear(dtype, hidden, gate_up_weight, gate_up, activation);
-    layer_linear(dtype, activation, down_weight, std::nullopt, delta);
+    layer_gated_linear(dtype, hidden, gate_up_weight, gate_up, activation, batch_invariant);
+    layer_linear(dtype, activation, down_weight, std::nullopt, delta, batch_invariant);
     return;
   }
   output_mlp_cpu(

@@ -13,7 +13,8 @@ void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
                  int64_t capacity, const std::optional<Tensor>& segments,
                  const std::optional<Tensor>& x_cache, const Tensor& q_cache, const Tensor& k_cache,
                  const Tensor& v_cache, const std::optional<Tensor>& q_old,
-                 const std::optional<Tensor>& k_old, const Tensor& hidden, const Tensor& qkv) {
+                 const std::optional<Tensor>& k_old, const Tensor& hidden, const Tensor& qkv,
+                 bool batch_invariant) {
   const Checks check("project_qkv", {{"residual", residual, Type::kModel},
                                      {"delta", delta, Type::kModel},
                                      {"norm_weight", norm_weight, Type::kModel},
@@ -51,10 +52,11 @@ void project_qkv(const Tensor& residual, const std::optional<Tensor>& delta,
   check.rope(head_dim.size, slots.size, capacity, rope.size(0));
   check.shape("segments", segments, {{"sequences"}, {"segment columns", kSegmentColumns}});
 
+  if (batch_invariant) check_batch_invariant(check, {{hidden, weight, qkv}});
   if (!residual.is_cpu()) {  // a product stands between two kernels
     add_rms_norm(residual, delta, norm_weight, eps, hidden,
                  x_cache ? std::optional<Tensor>(rows) : std::nullopt, x_cache);
-    layer_linear(check.dtype(), hidden, weight, bias, qkv);
+    layer_linear(check.dtype(), hidden, weight, bias, qkv, batch_invariant);
     cache_write(qkv, rows, rope, capacity, segments, q_cache, k_cache, v_cache, q_old, k_old);
     return;
   }

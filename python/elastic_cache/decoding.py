@@ -26,12 +26,19 @@ class Decoder:
         num_sequences: S.
         num_candidates: W, the most that are decoded at once, of a sequence.
         has_noise: whether any request samples (temperature above 0).
+        batch_invariant: on a GPU no bit of a row's logits depends on the rows beside it.
     """
 
     def __init__(
-        self, model: Model, num_sequences: int, num_candidates: int, has_noise: bool
+        self,
+        model: Model,
+        num_sequences: int,
+        num_candidates: int,
+        has_noise: bool,
+        batch_invariant: bool,
     ) -> None:
         self._head = model.weights.head.t()
+        self._has_own_product = batch_invariant and model.device.type == "cuda"
         self._temperatures = [0.0] * num_sequences
         self._drawn = self._gathered = None
         if has_noise:
@@ -95,7 +102,10 @@ class Decoder:
         `parts`, which add up to W, are products of their own: in the vendor's a row's sums may
         depend on how many rows there are, and nobody's tokens shall depend on the others'.
         """
-        if len(parts) == 1:
+        if self._has_own_product:
+            logits = hidden.new_empty(len(hidden), self._head.shape[1])
+            ops.linear(hidden, self._head, None, logits, True)
+        elif len(parts) == 1:
             logits = torch.mm(hidden, self._head)
         else:
             logits = torch.cat([torch.mm(part, self._head) for part in hidden.split(list(parts))])

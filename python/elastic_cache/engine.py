@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from elastic_cache import ops
 from elastic_cache.batch import MAX_FULL_ROWS, Batch
 from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig, find_settings
@@ -36,7 +37,13 @@ MAX_BATCH_LENGTH, MAX_BATCH_WINDOW, MAX_BATCH_ROWS = 2048, 32, 128
 """Of a request in a batch: tokens unless told otherwise, window, and rows of `rolling`."""
 
 
-def load(name: str, device: str = "cpu", dtype: str = "float32", capture: bool = True) -> Engine:
+def load(
+    name: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    capture: bool = True,
+    batch_invariant: bool = False,
+) -> Engine:
     """Loads a checkpoint and returns an engine that generates with it.
 
     Args:
@@ -45,12 +52,13 @@ def load(name: str, device: str = "cpu", dtype: str = "float32", capture: bool =
         dtype: "float32" or "bfloat16", the type of weights, cache and activations.
         capture: on a GPU, run the steps that reuse the cache as CUDA graphs (default); False
             launches the same kernels one by one, with the same results.
+        batch_invariant: as of `Engine`.
 
     Raises:
         ValueError: one sentence that says what is wrong with an argument or the checkpoint.
     """
     kind = find_dtype(dtype)
-    return Engine(load_model(name, find_device(device), kind), capture)
+    return Engine(load_model(name, find_device(device), kind), capture, batch_invariant)
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -63,13 +71,24 @@ def find_dtype(name: str) -> torch.dtype:
 class Engine:
     """Generates text with a loaded masked-diffusion model.
 
-    Attributes:
-        model: the loaded checkpoint (config, weights, tokenizer, device, dtype).
+    Args:
+        model: the loaded checkpoint (config, weights, tokenizer, device, dtype); an attribute, too.
+        capture: as of `load`.
+        batch_invariant: in a batch, no bit of what is computed for a request depends on the other
+            requests: it gets the same tokens whoever is there. On the CPU that is so anyway. On a
+            GPU it takes bfloat16, compute capability 9.0 and a model whose sizes are multiples of
+            64, and passes of more than 192 rows get slower (docs/serving.md has figures); without
+            it a near tie may fall otherwise.
+
+    Raises:
+        ValueError: batch_invariant cannot be had for this model on this device.
     """
 
-    def __init__(self, model: Model, capture: bool = True) -> None:
+    def __init__(self, model: Model, capture: bool = True, batch_invariant: bool = False) -> None:
+        if batch_invariant:
+            check_batch_invariant(model)
         self.model = model
-        self._runners = RunnerPool(model, capture)
+        self._runners = RunnerPool(model, capture, batch_invariant)
 
     def generate(
         self, prompt: str | Sequence[Message] | Sequence[int] | torch.Tensor, **settings: Any
@@ -156,6 +175,24 @@ class Engine:
         return Batch(self.model, runner, max_full_rows)
 
 
+def check_batch_invariant(model: Model) -> None:
+    """Raises ValueError where a model's products can depend on the rows beside a row."""
+    if model.device.type == "cpu":
+        return
+    weights, layer = model.weights, model.weights.layers[0]
+    for matrix in (layer.qkv, layer.attention_out, layer.gate_up, layer.down, weights.head):
+        x, out = (matrix.new_zeros(1, size) for size in reversed(matrix.shape))
+        try:
+            ops.linear(x, matrix.t(), None, out, True)
+        except (ValueError, RuntimeError):
+            raise ValueError(
+                "batch_invariant must be False here: on a GPU it takes bfloat16, compute "
+                "capability 9.0, sizes that are multiples of 64 and a head of its own, and "
+                f"{model.name} is {str(model.dtype).removeprefix('torch.')} on {model.device} with "
+                f"a matrix of {matrix.shape[0]} x {matrix.shape[1]}"
+            ) from None
+
+
 def batch_shape(model: Model, num_lanes: int, capacity: int) -> RunnerShape:
     """The runner that requests of any window policy share."""
     return RunnerShape(
@@ -195,8 +232,9 @@ def runner_shape(
 class RunnerPool:
     """Idle runners, most recently used last."""
 
-    def __init__(self, model: Model, capture: bool) -> None:
+    def __init__(self, model: Model, capture: bool, batch_invariant: bool) -> None:
         self._model = model
+        self._batch_invariant = batch_invariant
         self._capture_stream = capture_stream(model.device, capture)
         self._idle: list[Runner] = []
 
@@ -219,7 +257,7 @@ class RunnerPool:
                 raise
             self._idle.clear()
             check_memory(device, needed, what, advice)
-        return Runner(self._model, shape, self._capture_stream)
+        return Runner(self._model, shape, self._capture_stream, self._batch_invariant)
 
     def give(self, runner: Runner) -> None:
         """Keeps a runner that has finished its request."""

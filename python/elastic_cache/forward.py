@@ -47,12 +47,21 @@ class Forward:
         max_rows: the most rows of a pass.
         max_deferred: a pass of at most so many rows tests the drift of all layers after the last
             one, which a GPU does fastest; others test every layer as they come to it.
+        batch_invariant: in `run_rows` no bit of a row depends on the rows beside it.
     """
 
-    def __init__(self, model: Model, cache: Cache, max_rows: int, max_deferred: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache,
+        max_rows: int,
+        max_deferred: int,
+        batch_invariant: bool,
+    ) -> None:
         config, weights = model.config, model.weights
         self._weights = weights
         self._cache = cache
+        self._batch_invariant = batch_invariant
         self._eps = config.rms_norm_eps
         self._scale = 1.0 / math.sqrt(config.head_dim)
         self._can_peek = model.device.type == "cpu"
@@ -105,14 +114,16 @@ class Forward:
                 q_old, k_old, lse = (x[index, : len(rows)] for x in vars(overwritten).values())
             elif drift is not None:
                 q_old, k_old = work.q_old, work.k_old
-            self._project_qkv(index, rows, work, segments, q_old, k_old, is_first=index == 0)
+            self._project_qkv(
+                index, rows, work, segments, q_old, k_old, self._batch_invariant, index == 0
+            )
             if drift is None or overwritten is not None:
                 self._attend(index, rows, places, state, work.attention, lse)
             else:
                 self._attend_and_test(index, rows, segments, drift, state, work)
                 if verdict is not None:
                     self._decide(index, index + 1, drift, state)
-            self._finish_layer(layer, work.attention_flat, work)
+            self._finish_layer(layer, work.attention_flat, work, self._batch_invariant)
         if drift is not None and verdict is None:
             if overwritten is not None:
                 self._test(0, rows, segments, drift, state, overwritten)
@@ -144,9 +155,10 @@ class Forward:
             work.residual.copy_(inputs[begin:end])
         with _attention_kernels(slots.device):
             for index in range(first, len(self._layers)):
-                self._project_qkv(index, slots, work, None, None, None, is_first=index == first)
+                # A sequence's own: there are no rows of others beside it.
+                self._project_qkv(index, slots, work, None, None, None, False, index == first)
                 attention = self._attend_all(index, slots, state, work)
-                self._finish_layer(self._layers[index], attention, work)
+                self._finish_layer(self._layers[index], attention, work, False)
         if drift is not None:
             # torch's attention keeps no weights.
             self._test(first, candidates, candidate_segments, drift, state, None)
@@ -211,7 +223,7 @@ class Forward:
         segments: torch.Tensor | None,
         q_old: torch.Tensor | None,
         k_old: torch.Tensor | None,
-        *,
+        batch_invariant: bool,
         is_first: bool,
     ) -> None:
         """Adds the previous layer's output, unless this layer is the first to run, stores the
@@ -237,9 +249,16 @@ class Forward:
             k_old,
             work.hidden,
             work.qkv,
+            batch_invariant,
         )
 
-    def _finish_layer(self, layer: LayerMatrices, attention: torch.Tensor, work: Workspace) -> None:
+    def _finish_layer(
+        self,
+        layer: LayerMatrices,
+        attention: torch.Tensor,
+        work: Workspace,
+        batch_invariant: bool,
+    ) -> None:
         """Output projection and feed-forward block; what the latter adds is left in `delta`."""
         ops.output_mlp(
             attention,
@@ -253,6 +272,7 @@ class Forward:
             work.gate_up,
             work.activation,
             work.delta,
+            batch_invariant,
         )
 
     def _attend(

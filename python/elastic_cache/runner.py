@@ -46,10 +46,15 @@ class Runner:
         shape: sizes and kinds of the step.
         capture_stream: where passes on a GPU become CUDA graphs; None launches the same kernels
             one by one, with the same results.
+        batch_invariant: on a GPU no bit of a sequence's steps depends on the other sequences.
     """
 
     def __init__(
-        self, model: Model, shape: RunnerShape, capture_stream: torch.cuda.Stream | None
+        self,
+        model: Model,
+        shape: RunnerShape,
+        capture_stream: torch.cuda.Stream | None,
+        batch_invariant: bool = False,
     ) -> None:
         device, depth, count = model.device, model.config.num_layers, shape.num_sequences
         self.shape = shape
@@ -77,8 +82,11 @@ class Runner:
             self._full_drift = drift.aside() if count > 1 else drift
         self._tests_drift = torch.zeros(count, dtype=torch.bool, device=device)
         cache = Cache(model.config, count, shape.capacity, shape.needs, device, model.dtype)
-        self._forward = Forward(model, cache, max_rows, max_deferred(model, shape))
-        self._decoder = Decoder(model, count, shape.num_candidates, shape.has_noise)
+        deferred = max_deferred(model, shape)
+        self._forward = Forward(model, cache, max_rows, deferred, batch_invariant)
+        self._decoder = Decoder(
+            model, count, shape.num_candidates, shape.has_noise, batch_invariant
+        )
         self._rule = CommitRule(count, device)
         self._graphs = Graphs(capture_stream)
         self._whole_graphs = Graphs(capture_stream, most=MAX_CAPTURED_LENGTHS * count)

@@ -349,6 +349,21 @@ def test_float32_decides_in_a_batch_as_alone() -> None:
         assert [step.committed for step in steps] == [step.committed for step in alone.trace]
 
 
+def test_batch_invariant_requests_are_as_alone() -> None:
+    """In bfloat16, and with more rows together than torch's products would be left to otherwise:
+    every bit of every step."""
+    engine = elastic_cache.load("tiny", device="cuda", dtype="bfloat16", batch_invariant=True)
+    kinds = [*KINDS, dict(policy="rolling", num_rows=128), dict(policy="rolling", num_rows=96)]
+    asked = list(zip(questions(), kinds * 2, strict=False))
+    for request, answer in zip(asked, answer_together(engine, asked), strict=True):
+        assert answer_together(engine, [request]) == [answer]
+
+
+def test_batch_invariant_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"batch_invariant must be False here: .* float32 on cuda"):
+        elastic_cache.load("tiny", device="cuda", batch_invariant=True)
+
+
 def test_a_lane_replays_nothing_of_the_policy_before() -> None:
     """Full passes of one length: captured by `none`, replayed by requests that reuse the cache."""
     question = next(questions())

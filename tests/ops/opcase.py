@@ -73,7 +73,9 @@ def run_plain(op: str, case: Case) -> dict[str, Tensor]:
         return run_reference(op, case)
 
 
-def linear_in_order(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def linear_in_order(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, batch_invariant: bool
+) -> None:
     """`reference.linear`, its terms added one after the other to the bias."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = torch.zeros(out.shape, dtype=wide, device=x.device)
@@ -203,6 +205,13 @@ def random_slots(
     slots = torch.randperm(num_slots, generator=rng)[:count]
     slots[torch.rand(len(slots), generator=rng) < skipped] = -1
     return slots.to(device, torch.int32)
+
+
+def can_be_batch_invariant(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of sizes that are multiples of 64 can: see `ops.linear`."""
+    if device.type == "cpu":
+        return True
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def int32(values: Any, device: torch.device) -> Tensor:

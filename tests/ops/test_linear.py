@@ -9,6 +9,7 @@ from opcase import (
     TILE_SIZES,
     Case,
     assert_rejected,
+    can_be_batch_invariant,
     check_close,
     check_contract,
     check_rejects_malformed,
@@ -35,6 +36,7 @@ def make_case(
         "weight": normal(rng, in_features, out_features, dtype=dtype, device=device),
         "bias": bias,
         "out": poisoned(num_rows, out_features, dtype=dtype, device=device),
+        "batch_invariant": False,
     }
 
 
@@ -42,7 +44,7 @@ def test_example(device: torch.device) -> None:
     x = torch.tensor([[1.0, 2.0]], device=device)
     weight = torch.tensor([[1.0, 0.0, 3.0], [0.5, 1.0, -1.0]], device=device)
     out = torch.empty(1, 3, device=device)
-    ops.linear(x, weight, torch.tensor([0.0, 0.0, 10.0], device=device), out)
+    ops.linear(x, weight, torch.tensor([0.0, 0.0, 10.0], device=device), out, False)
     assert out.tolist() == [[2.0, 2.0, 11.0]]
 
 
@@ -93,15 +95,36 @@ def test_a_row_does_not_depend_on_the_others(rng: torch.Generator, dtype: torch.
         assert_same_bits("linear: out", run(ops, "linear", alone)["out"][0], together[row])
 
 
+@pytest.mark.parametrize("sizes", [(192, 6400), (448, 832), (64, 64)], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_batch_invariant(
+    device: torch.device,
+    rng: torch.Generator,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    has_bias: bool,
+) -> None:
+    """Every bit of a row, wherever it stands and whatever is beside it."""
+    case = {**make_case(rng, device, dtype, 400, *sizes, has_bias), "batch_invariant": True}
+    if not can_be_batch_invariant(device, dtype):
+        assert_rejected("linear", case, "batch_invariant")
+        return
+    together = check_close("linear", case)["out"]
+    for begin, end in ((0, 1), (5, 21), (17, 80), (100, 250), (3, 260), (200, 400)):
+        part = {**case, "x": case["x"][begin:end], "out": case["out"][begin:end]}
+        rows = f"linear: rows {begin} to {end}"
+        assert_same_bits(rows, run(ops, "linear", part)["out"], together[begin:end])
+
+
 def test_the_plainest_order_of_a_sum(device: torch.device, dtype: torch.dtype) -> None:
     """What the vendor's sums are held against: 1 + 2^30 is rounded before 2^30 is taken off."""
     x = torch.tensor([[2.0**30, -(2.0**30), 3.0]], dtype=dtype, device=device)
     bias = torch.ones(1, dtype=dtype, device=device)
     out = torch.empty(1, 1, dtype=dtype, device=device)
-    linear_in_order(x, torch.ones(3, 1, dtype=dtype, device=device), bias, out)
+    linear_in_order(x, torch.ones(3, 1, dtype=dtype, device=device), bias, out, False)
     assert out.item() == 3.0
     wide = torch.empty(1, 1, dtype=torch.float64, device=device)
-    linear_in_order(x.double(), torch.ones_like(x.double()).t(), bias.double(), wide)
+    linear_in_order(x.double(), torch.ones_like(x.double()).t(), bias.double(), wide, False)
     assert wide.item() == 4.0
 
 
@@ -118,6 +141,9 @@ def test_rejects(device: torch.device, rng: torch.Generator) -> None:
         ("out", case["out"][1:]),
     ):
         assert_rejected("linear", {**case, name: bad}, name, "must be [")
+    if device.type == "cuda":
+        narrow = {**make_case(rng, device, torch.bfloat16, 9, 64, 96), "batch_invariant": True}
+        assert_rejected("linear", narrow, "batch_invariant", "[64, 96]")
 
 
 def test_weight_stored_out_by_in(

@@ -11,6 +11,7 @@ from opcase import (
     TILE_SIZES,
     Case,
     assert_rejected,
+    can_be_batch_invariant,
     check_close,
     check_contract,
     check_rejects_malformed,
@@ -52,6 +53,7 @@ def make_case(
         "gate_up": poisoned(num_rows, 2 * ffn_width, **kind),
         "activation": poisoned(num_rows, ffn_width, **kind),
         "delta": poisoned(num_rows, width, **kind),
+        "batch_invariant": False,
     }
 
 
@@ -61,12 +63,12 @@ class Composition:
     @staticmethod
     def output_mlp(*args: Any) -> None:
         attention, out_weight, residual, norm_weight, eps, gate_up_weight, down_weight = args[:7]
-        hidden, gate_up, activation, delta = args[7:]
-        ops.linear(attention, out_weight, None, delta)
+        hidden, gate_up, activation, delta, batch_invariant = args[7:]
+        ops.linear(attention, out_weight, None, delta, batch_invariant)
         ops.add_rms_norm(residual, delta, norm_weight, eps, hidden, None, None)
-        ops.linear(hidden, gate_up_weight, None, gate_up)
+        ops.linear(hidden, gate_up_weight, None, gate_up, batch_invariant)
         ops.swiglu(gate_up, activation)
-        ops.linear(activation, down_weight, None, delta)
+        ops.linear(activation, down_weight, None, delta, batch_invariant)
 
 
 def check_parts(case: Case) -> None:
@@ -106,6 +108,21 @@ def test_streamed_weights(
         for name, value in run(ops, "output_mlp", {**case, **few}).items():
             if name not in scratch:
                 assert_same_bits(f"output_mlp: {name} alone", value[0], result[name][0])
+
+
+def test_batch_invariant(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """More rows than torch's products would be left to otherwise, and few of them."""
+    case = {**make_case(rng, device, dtype, 400, 192, 256, 6400), "batch_invariant": True}
+    if not can_be_batch_invariant(device, dtype):
+        assert_rejected("output_mlp", case, "batch_invariant")
+        return
+    together = check_close("output_mlp", case, scratch=("gate_up",))
+    for begin, end in ((0, 16), (7, 40), (100, 230), (190, 400)):
+        part = {name: case[name][begin:end].clone() for name in ("attention", *PER_ROW)}
+        for name, value in run(ops, "output_mlp", {**case, **part}).items():
+            if name != "gate_up":
+                rows = f"output_mlp: {name}, rows {begin} to {end}"
+                assert_same_bits(rows, value, together[name][begin:end])
 
 
 @pytest.mark.parametrize("width", [1, 17, 128])

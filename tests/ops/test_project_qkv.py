@@ -11,6 +11,7 @@ from opcase import (
     TILE_SIZES,
     Case,
     assert_rejected,
+    can_be_batch_invariant,
     check_close,
     check_contract,
     check_rejects_malformed,
@@ -60,6 +61,7 @@ def make_case(
         "k_old": poisoned(num_rows, *kv[1:], **kind),
         "hidden": poisoned(num_rows, width, **kind),
         "qkv": poisoned(num_rows, columns, **kind),
+        "batch_invariant": False,
     }
 
 
@@ -69,10 +71,10 @@ class Composition:
     @staticmethod
     def project_qkv(*args: Any) -> None:
         residual, delta, norm_weight, eps, weight, bias, rows, rope, capacity, segments = args[:10]
-        x_cache, *caches, hidden, qkv = args[10:]
+        x_cache, *caches, hidden, qkv, batch_invariant = args[10:]
         stored = None if x_cache is None else rows
         ops.add_rms_norm(residual, delta, norm_weight, eps, hidden, stored, x_cache)
-        ops.linear(hidden, weight, bias, qkv)
+        ops.linear(hidden, weight, bias, qkv, batch_invariant)
         ops.cache_write(qkv, rows, rope, capacity, segments, *caches)
 
 
@@ -94,16 +96,20 @@ def test_rows(
 
 
 @pytest.mark.parametrize("num_rows", [1, 16, 30, 48, 65, 81, 113, 128, 129, 161, 192])
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("heads", [(34, 17), (2, 1)], ids=str)
 def test_streamed_weights(
     device: torch.device,
     rng: torch.Generator,
     dtype: torch.dtype,
     heads: tuple[int, int],
+    has_bias: bool,
     num_rows: int,
 ) -> None:
     """Sizes that a GPU of compute capability 9.0 multiplies by streaming bfloat16 weights."""
-    case = {**make_case(rng, device, dtype, num_rows, 192, heads, 128), "bias": None}
+    case = make_case(rng, device, dtype, num_rows, 192, heads, 128)
+    if not has_bias:
+        case["bias"] = None
     check_close("project_qkv", case, exact=("residual", "x_cache", "q_old", "k_old"))
 
 
@@ -124,6 +130,20 @@ def test_optional_arguments(
     device: torch.device, rng: torch.Generator, dtype: torch.dtype, absent: str
 ) -> None:
     check_parts({**make_case(rng, device, dtype, 19), absent: None})
+
+
+def test_batch_invariant(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """More rows than torch's product would be left to otherwise."""
+    case = {**make_case(rng, device, dtype, 300, 192, (34, 17), 128), "batch_invariant": True}
+    if not can_be_batch_invariant(device, dtype):
+        assert_rejected("project_qkv", case, "batch_invariant")
+        return
+    names = ("residual", "delta", "rows", "q_old", "k_old", "hidden", "qkv")
+    together = run(ops, "project_qkv", case)
+    few = {name: case[name][250:280] for name in names}
+    for name, value in run(ops, "project_qkv", {**case, **few, "segments": None}).items():
+        if name in ("hidden", "qkv"):
+            assert_same_bits(f"project_qkv: {name} of few", value, together[name][250:280])
 
 
 def test_strided_weight(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:

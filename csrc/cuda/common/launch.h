@@ -11,6 +11,7 @@
 #include <string>
 #include <type_traits>
 
+#include "begin.h"
 #include "elastic_cache/types.h"
 
 namespace elastic_cache::cuda {
@@ -77,17 +78,16 @@ struct ClusterSize {
   unsigned int blocks = 1;
 };
 
-// Launches a kernel that may start while the one before it is still running. It must call
-// wait_for_previous() before it touches memory that a kernel may write: an op's inputs may be what
-// the kernel before it, whoever launched that, is writing. (Every block must wait: the kernel after
-// this one relies on it for all kernels before.)
+// A kernel that begins early must call wait_for_previous() before it touches memory that a kernel
+// may write: an op's inputs may be what the kernel before it, whoever launched that, is writing.
+// (Every block must wait: the kernel after this one relies on it for all kernels before.)
 template <class... Args>
-void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int num_threads,
-                        Stream stream, SharedBytes shared, ClusterSize cluster,
-                        const std::type_identity_t<Args>&... args) {
+void launch(Begin begin, const char* op, void (*kernel)(Args...), dim3 grid, int num_threads,
+            Stream stream, SharedBytes shared, ClusterSize cluster,
+            const std::type_identity_t<Args>&... args) {
   std::array<cudaLaunchAttribute, 2> attributes{};
   unsigned int count = 0;
-  if (DeviceLimits::current().can_overlap) {
+  if (begin == Begin::kEarly && DeviceLimits::current().can_overlap) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -111,7 +111,7 @@ template <class... Args>
 void launch_overlapping(const char* op, void (*kernel)(Args...), dim3 grid, int num_threads,
                         Stream stream, SharedBytes shared,
                         const std::type_identity_t<Args>&... args) {
-  launch_overlapping(op, kernel, grid, num_threads, stream, shared, ClusterSize{}, args...);
+  launch(Begin::kEarly, op, kernel, grid, num_threads, stream, shared, ClusterSize{}, args...);
 }
 
 template <class... Args>

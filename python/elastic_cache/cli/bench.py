@@ -160,18 +160,19 @@ def _describe(options: argparse.Namespace, cells: Sequence[Cell]) -> dict[str, A
     }
 
 
-def load_engine(options: argparse.Namespace) -> Engine:
+def load_engine(options: argparse.Namespace, batch_invariant: bool = False) -> Engine:
     """The model that the options name, at the size that `inflate` names."""
     from elastic_cache.engine import Engine, load
 
     if options.inflate is None:
-        return load(options.model, device=options.device, dtype=options.dtype)
+        return load(options.model, options.device, options.dtype, batch_invariant=batch_invariant)
     from elastic_cache.device import find_device
     from elastic_cache.engine import find_dtype
     from elastic_cache.models.inflate import SHAPES, inflate
 
     device, dtype = find_device(options.device), find_dtype(options.dtype)
-    return Engine(inflate(load(options.model).model, SHAPES[options.inflate], device, dtype))
+    model = inflate(load(options.model).model, SHAPES[options.inflate], device, dtype)
+    return Engine(model, batch_invariant=batch_invariant)
 
 
 def _answer(

@@ -38,6 +38,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
 
 
+def add_batch_invariant(parser: argparse._ActionsContainer) -> None:
+    """For commands that answer many requests at once."""
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="on a GPU, too, every bit of an answer is the same whoever is answered beside it",
+    )
+
+
 def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Every generation setting but the policy; `defaults` replaces some default values."""
     group = parser.add_argument_group("generation settings")

@@ -44,6 +44,7 @@ def add_command(commands: Any) -> None:
     for flag, default, metavar, text in counts:
         told = "" if default is None else f" (default {default})"
         group.add_argument(flag, type=int, default=default, metavar=metavar, help=text + told)
+    shared.add_batch_invariant(group)
     group.add_argument(
         "--grace",
         type=float,
@@ -76,7 +77,12 @@ def run(options: argparse.Namespace) -> int:
     from elastic_cache.service import Service
 
     bound = bind(options.host, options.port)  # a taken port is told before a model is loaded
-    engine = load(options.model, device=options.device, dtype=options.dtype)
+    engine = load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        batch_invariant=options.batch_invariant,
+    )
     server_options = ServerOptions(settings, key, options.max_body, options.max_prompt)
     service = Service(engine, options.concurrency, options.max_queue, options.max_length)
     _try_out(service, settings)

@@ -43,11 +43,13 @@ def add_rms_norm(
     _add_rms_norm(residual, delta, weight, eps, out, rows, x_cache)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, batch_invariant: bool
+) -> None:
     """out = x weight + bias, for the few rows of a step.
 
     On the CPU a row does not depend on the others. On a GPU this is the vendor's product, whose
-    sums may be in another order for another number of rows.
+    sums may be in another order for another number of rows, unless `batch_invariant` asks for ours.
 
     Args:
         x: model [R, K], rows may be any distance apart.
@@ -55,13 +57,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
             GPU columns may be contiguous instead.
         bias: model [N], or None.
         out: out, model [R, N].
+        batch_invariant: whether every bit of a row's result must be the same whatever rows are
+            beside it. On a GPU that takes bfloat16, compute capability 9.0, a weight whose rows are
+            contiguous, and K and N that are multiples of 64.
 
     Raises:
         ValueError: a wrong argument.
 
-    Source: torch.nn.functional.linear.
+    Source: torch.nn.functional.linear; He et al., "Defeating Nondeterminism in LLM Inference"
+        (Thinking Machines, 2025) for what batch invariance is good for.
     """
-    _linear(x, weight, bias, out)
+    _linear(x, weight, bias, out, batch_invariant)
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
@@ -98,6 +104,7 @@ def project_qkv(
     k_old: Tensor | None,
     hidden: Tensor,
     qkv: Tensor,
+    batch_invariant: bool,
 ) -> None:
     """Recompute q, k, v of a layer's rows: the bits of `add_rms_norm`, `linear`, `cache_write`.
 
@@ -124,6 +131,7 @@ def project_qkv(
         k_old: out, model [R, Hkv, D], the overwritten keys; or None.
         hidden: out, model [R, d], the normalised residual.
         qkv: out, model [R, (H + 2 Hkv) * D], before the rotation.
+        batch_invariant: as of `linear`.
 
     Raises:
         ValueError: a wrong argument.
@@ -132,7 +140,7 @@ def project_qkv(
     """
     _project_qkv(
         residual, delta, norm_weight, eps, weight, bias, rows, rope, capacity, segments, x_cache,
-        q_cache, k_cache, v_cache, q_old, k_old, hidden, qkv,
+        q_cache, k_cache, v_cache, q_old, k_old, hidden, qkv, batch_invariant,
     )  # fmt: skip
 
 
@@ -148,6 +156,7 @@ def output_mlp(
     gate_up: Tensor,
     activation: Tensor,
     delta: Tensor,
+    batch_invariant: bool,
 ) -> None:
     """From attention to the end of a layer: the bits of `linear`, `add_rms_norm`, `linear`,
     `swiglu` and `linear`. F is the width of the feed-forward block. On a GPU: as in `project_qkv`.
@@ -164,6 +173,7 @@ def output_mlp(
         gate_up: scratch, model [R, 2F]; what it holds afterwards depends on device and sizes.
         activation: out, model [R, F].
         delta: out, model [R, d], what the feed-forward block adds; not yet in `residual`.
+        batch_invariant: as of `linear`.
 
     Raises:
         ValueError: a wrong argument.
@@ -172,5 +182,5 @@ def output_mlp(
     """
     _output_mlp(
         attention, out_weight, residual, norm_weight, eps, gate_up_weight, down_weight, hidden,
-        gate_up, activation, delta,
+        gate_up, activation, delta, batch_invariant,
     )  # fmt: skip

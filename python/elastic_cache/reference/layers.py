@@ -210,6 +210,7 @@ def linear(
     weight: Tensor,  # [K, N]
     bias: Tensor | None,  # [N]
     out: Tensor,  # [R, N] out
+    batch_invariant: bool,  # changes nothing here
 ) -> None:
     """x weight + bias, rounded once."""
     product = _wide(x) @ _wide(weight)
@@ -245,11 +246,12 @@ def project_qkv(
     k_old: Tensor | None,  # [R, Hkv, D] out
     hidden: Tensor,  # [R, d] out
     qkv: Tensor,  # [R, (H + 2 Hkv) * D] out
+    batch_invariant: bool,
 ) -> None:
     """From the residual to q, k, v in the cache."""
     stored = None if x_cache is None else rows
     add_rms_norm(residual, delta, norm_weight, eps, hidden, stored, x_cache)
-    linear(hidden, weight, bias, qkv)
+    linear(hidden, weight, bias, qkv, batch_invariant)
     cache_write(qkv, rows, rope, capacity, segments, q_cache, k_cache, v_cache, q_old, k_old)
 
 
@@ -265,13 +267,14 @@ def output_mlp(
     gate_up: Tensor,  # [R, 2F] out
     activation: Tensor,  # [R, F] out
     delta: Tensor,  # [R, d] out
+    batch_invariant: bool,
 ) -> None:
     """From attention to what the feed-forward block adds to the residual."""
-    linear(attention, out_weight, None, delta)
+    linear(attention, out_weight, None, delta, batch_invariant)
     add_rms_norm(residual, delta, norm_weight, eps, hidden, None, None)
-    linear(hidden, gate_up_weight, None, gate_up)
+    linear(hidden, gate_up_weight, None, gate_up, batch_invariant)
     swiglu(gate_up, activation)
-    linear(activation, down_weight, None, delta)
+    linear(activation, down_weight, None, delta, batch_invariant)
 
 
 def _wide(x: Tensor) -> Tensor:

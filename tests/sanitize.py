@@ -51,7 +51,12 @@ SELECTION: dict[str, tuple[str, ...]] = {
     "drift_decision": (r"sizes\[.*-(1|3000)\]", r"track_num\[.*-(17|50)\]"),
     # Not bfloat16's rows: under racecheck the vendor's product with a bias is an illegal access,
     # also in torch.addmm alone (torch 2.11.0+cu130, compute-sanitizer 2025.3.1).
-    "output_mlp": (r"rows\[.*float32-17\]", r"streamed_weights\[.*-(17|65|150)\]"),
+    "linear": (r"batch_invariant\[.*bfloat16-",),
+    "output_mlp": (
+        r"rows\[.*float32-17\]",
+        r"streamed_weights\[.*-(17|65|150)\]",
+        r"batch_invariant\[.*bfloat16\]",
+    ),
     "project_qkv": (r"rows\[.*-17\]", r"all_rows_skipped\["),
     "refresh_rows": (r"sizes\[.*-(65|5000)\]", r"exactly_full.*\["),
     "rolling_rows": (r"sizes\[.*-(65|4096)\]", r"budgets\[.*-17\]"),

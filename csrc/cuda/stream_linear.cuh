@@ -33,7 +33,7 @@ using wgmma::kBlockColumns;
 constexpr int kDepth = 64;  // k of a stage; for x these are the 128 bytes
 constexpr int kInstructionDepth = 16;
 constexpr int kGroupThreads = 128;
-constexpr int kMaxRows = 192;
+constexpr int kMaxRows = 256;               // of a form
 constexpr int kRingBytes = 224 * 1024;      // both rings; the small kernel ahead needs some, too
 constexpr int kInputRingBytes = 64 * 1024;  // at most, of these
 constexpr int kWindowBytes = 72 * 1024;     // of weights under way
@@ -51,7 +51,12 @@ struct Form {
   static constexpr int kInputBytes = kRows * kDepth * 2;
   static constexpr int kInputStages = std::clamp(kInputRingBytes / kInputBytes, 3, 12);
   static constexpr int kConsumers = kBlocks * kGroupThreads;
-  static constexpr int kThreads = kConsumers + 64;  // a warp copies weights, a warp copies x
+  // A warp copies weights, a warp copies x. Sums of more than 192 rows take more registers than a
+  // thread begins with: there the two warps are a warpgroup, which leaves its own to the others,
+  // and a product is two instructions, as one may not have more than a thread begins with.
+  static constexpr bool kIsTall = kRows > 192;
+  static constexpr int kThreads = kConsumers + (kIsTall ? kGroupThreads : 64);
+  static constexpr int kRegisters = kBlocks == 3 ? 160 : 216;  // of a thread that multiplies
   static constexpr int kPartBytes = kConsumers * kGroups * 16;
   static constexpr int kInputRing = kInputStages * kInputBytes;
   static constexpr int kStages = (kRingBytes - kInputRing) / kWeightBytes;
@@ -192,12 +197,19 @@ __device__ void copy_inputs(const Work<F>& work, const Problem& p, const CUtenso
 template <class F>
 __device__ inline void multiply_stage(float (&c)[F::kGroups][4], uint32_t inputs, uint32_t weights,
                                       bool keep) {
+  constexpr int kFirst = F::kIsTall ? 16 : F::kGroups, kSecond = F::kGroups - kFirst;
+  auto& first = reinterpret_cast<float (&)[kFirst][4]>(c[0]);
   wgmma::begin();
 #pragma unroll
   for (int k = 0; k < kDepth; k += kInstructionDepth) {
     const uint64_t a = wgmma::operand<0>(weights + k * kBlockColumns * 2);
     const uint64_t b = wgmma::operand<0>(inputs + k * 2);
-    wgmma::multiply_transposed<F::kGroups, true>(c, a, b, keep || k > 0);
+    wgmma::multiply_transposed<kFirst, true>(first, a, b, keep || k > 0);
+    if constexpr (F::kIsTall) {
+      auto& second = reinterpret_cast<float (&)[kSecond][4]>(c[kFirst]);
+      const uint64_t further = wgmma::operand<0>(inputs + (kFirst * 8 * kDepth + k) * 2);
+      wgmma::multiply_transposed<kSecond, true>(second, a, further, keep || k > 0);
+    }
   }
   wgmma::commit();
 }
@@ -458,25 +470,28 @@ __global__ void __launch_bounds__(F::kThreads, 1)
   }
   let_next_start();
   __syncthreads();
-  if (thread == F::kConsumers) {
-    copy_weights(work, p, &weight_map);
-  } else if (thread == F::kConsumers + 32) {
-    prefetch_map(&input_map);
-    wait_for_previous();
-    copy_inputs(work, p, &input_map);
-  } else if (thread < F::kConsumers) {
-    wait_for_previous();
-    consume(work, p);
-  }
-  if constexpr (F::kCluster > 1) {
-    // As the consumers do: first the parts are there, then no block needs another's any more.
-    if (thread >= F::kConsumers) {
+  if (thread >= F::kConsumers) {
+    if constexpr (F::kIsTall) wgmma::give_registers<24>();
+    if (thread == F::kConsumers) {
+      copy_weights(work, p, &weight_map);
+    } else if (thread == F::kConsumers + 32) {
+      prefetch_map(&input_map);
+      wait_for_previous();
+      copy_inputs(work, p, &input_map);
+    }
+    if constexpr (F::kCluster > 1) {
+      // As the consumers do: first the parts are there, then no block needs another's any more.
       __syncwarp();
       arrive_cluster();
       wait_cluster();
       arrive_cluster();
+      wait_cluster();
     }
-    wait_cluster();
+  } else {
+    if constexpr (F::kIsTall) wgmma::take_registers<F::kRegisters>();
+    wait_for_previous();
+    consume(work, p);
+    if constexpr (F::kCluster > 1) wait_cluster();
   }
 #endif
 }

@@ -7,7 +7,8 @@
 namespace elastic_cache::cuda {
 
 // Up to so many rows torch's products are no faster [an H100, microseconds for the four products of
-// a LLaDA-8B layer, ours and torch's: 193 and 213 at 192 rows, 254 and 211 at 256].
+// a LLaDA-8B layer, ours and torch's: 193 and 213 at 192 rows, 207 and 206 at 208, 221 and 213 at
+// 256].
 inline constexpr int64_t kStreamRows = 192;
 
 // Whether there is a form for these params: bfloat16 rows on compute capability 9.0, sizes that are

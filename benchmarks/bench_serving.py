@@ -50,7 +50,7 @@ from serving_load import (
     open_loop,
     quantile,
 )
-from serving_soak import soak
+from serving_soak import Verdict, soak
 from shapes import SHAPES, random_model
 
 HEADER = (
@@ -145,8 +145,8 @@ class Bench:
         with Service(self._engine, turn.batch, self._options.max_queue) as service:
             return self._load(ServiceTarget(service, settings), turn)
 
-    def soak(self, cell: Cell) -> bool:
-        """Prints the verdict; whether it is good."""
+    def soak(self, cell: Cell) -> Verdict:
+        """Prints the verdict."""
         options, settings = self._options, request_settings(cell, self._options)
         alone = self._engine or load_engine(options, options.batch_invariant)
         answers = answer_alone(alone, map(str, self._prompts), max(options.batch), cell)
@@ -162,8 +162,7 @@ class Bench:
                 served = ServiceTarget(service, settings)
                 verdict = soak(served, answers, *lengths, lambda: memory()["now"], None)
         print(verdict)
-        self.write({"soak": {"policy": cell.name, "clients": lengths[0], **verdict.as_json()}})
-        return verdict.is_good
+        return verdict
 
     def write(self, values: dict[str, Any]) -> None:
         """The JSON file, if one was asked for."""
@@ -339,7 +338,11 @@ def main() -> int:
     engine = make_engine(options)
     bench = Bench(options, engine, read_prompts(options, engine))
     if options.soak is not None:
-        return 0 if all([bench.soak(cell) for cell in cells]) else 1
+        verdicts = [bench.soak(cell) for cell in cells]
+        names = [{"policy": cell.name, "clients": options.clients} for cell in cells]
+        told = [{**name, **v.as_json()} for name, v in zip(names, verdicts, strict=True)]
+        bench.write({"soaks": told})
+        return 0 if all(verdict.is_good for verdict in verdicts) else 1
     before, done = memory()["now"], dict[Turn, Figures]()
     for turn in plan(cells, options.batch, options.rounds):
         done[turn] = figures(run := bench.measure(turn))

@@ -77,7 +77,7 @@ class Engine:
         batch_invariant: in a batch, no bit of what is computed for a request depends on the other
             requests: it gets the same tokens whoever is there. On the CPU that is so anyway. On a
             GPU it takes bfloat16, compute capability 9.0 and a model whose sizes are multiples of
-            64, and passes of more than 192 rows get slower (docs/serving.md has figures); without
+            64, and passes of more than 256 rows get slower (docs/serving.md has figures); without
             it a near tie may fall otherwise.
 
     Raises:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_cache.config import ModelConfig
@@ -198,7 +199,8 @@ class _Widening:
         source = torch.arange(wanted, device=self._device) % size
         sign = self._uniform(wanted).sub(0.5).sign()
         factor = sign * (0.5 + self._uniform(wanted))
-        energy = torch.zeros(size, device=self._device).index_add_(0, source, factor.square())
+        # Not by index_add_, whose order on a GPU is another every time: so would the weights be.
+        energy = F.pad(factor.square(), (0, -wanted % size)).view(-1, size).sum(0)
         gate, up = self._to(small.gate_up).view(2, size, -1)
         reading = [gate[source], up[source] * factor[:, None]]
         down = self._to(small.down)[:, source] * (factor / energy[source])

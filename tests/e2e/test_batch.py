@@ -1,4 +1,4 @@
-"""A sequence's steps do not depend on the others in the batch: every bit, in float32 on a CPU."""
+"""A sequence's steps do not depend on the others in the batch: every bit, on a CPU."""
 
 from __future__ import annotations
 
@@ -63,9 +63,21 @@ class Crowd:
             assert getattr(request.result, name) == getattr(alone, name)
 
 
+@pytest.fixture(scope="module")
+def bfloat16_engine() -> Engine:
+    return elastic_cache.load("tiny", dtype="bfloat16", batch_invariant=True)
+
+
 @pytest.mark.parametrize(("seed", "max_full_rows"), [(0, 512), (1, 100), (2, 300)])
-def test_steps_are_those_of_a_request_alone(engine: Engine, seed: int, max_full_rows: int) -> None:
+@pytest.mark.parametrize("kind", ["engine", "bfloat16_engine"])
+def test_steps_are_those_of_a_request_alone(
+    request: pytest.FixtureRequest, kind: str, seed: int, max_full_rows: int
+) -> None:
     """Requests of all kinds join when a lane is free, or some steps later; some are taken out."""
+    check_a_crowd(request.getfixturevalue(kind), seed, max_full_rows)
+
+
+def check_a_crowd(engine: Engine, seed: int, max_full_rows: int) -> None:
     dice = random.Random(seed)
     asked = [
         (dice.choice(QUESTIONS), dict(gen_length=dice.choice([16, 48]), **kind)) for kind in KINDS

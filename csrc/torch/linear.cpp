@@ -88,8 +88,10 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   check.shape("out", out, {{"rows", num_rows}, {"out_features", out_features}});
 
   if (batch_invariant) check_batch_invariant(check, {{x, weight, out}});
-  if (out.is_cpu())
-    return linear_cpu(linear_params(check.dtype(), x, weight, input<void>(bias), out));
+  if (out.is_cpu()) {
+    linear_cpu(linear_params(check.dtype(), x, weight, input<void>(bias), out));
+    return;
+  }
 #ifdef ELASTIC_CACHE_CUDA
   const auto begin = cuda::Begin::kAfter;
   if (batch_invariant && own_linear(check.dtype(), x, weight, bias, out, begin, true)) return;
@@ -103,6 +105,7 @@ void check_batch_invariant([[maybe_unused]] const Checks& check,
   for (const Product& product : products) {
     const Tensor& weight = product.weight;
     if (product.out.is_cpu() || product.out.size(0) == 0) continue;
+    const CurrentStream on_its_device(product.out);
     const LinearParams params =
         linear_params(check.dtype(), product.x, weight, nullptr, product.out);
     check.that(weight.stride(1) == 1 && cuda::can_stream(params),

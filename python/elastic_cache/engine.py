@@ -184,13 +184,13 @@ def check_batch_invariant(model: Model) -> None:
         x, out = (matrix.new_zeros(1, size) for size in reversed(matrix.shape))
         try:
             ops.linear(x, matrix.t(), None, out, True)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError) as error:
             raise ValueError(
                 "batch_invariant must be False here: on a GPU it takes bfloat16, compute "
                 "capability 9.0, sizes that are multiples of 64 and a head of its own, and "
                 f"{model.name} is {str(model.dtype).removeprefix('torch.')} on {model.device} with "
                 f"a matrix of {matrix.shape[0]} x {matrix.shape[1]}"
-            ) from None
+            ) from error
 
 
 def batch_shape(model: Model, num_lanes: int, capacity: int) -> RunnerShape:

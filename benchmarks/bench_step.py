@@ -29,7 +29,7 @@ from elastic_cache.cache import CacheNeeds
 from elastic_cache.config import GenerationConfig
 from elastic_cache.graphs import capture_stream
 from elastic_cache.models.weights import Model
-from elastic_cache.plan import Plan
+from elastic_cache.plan import FullPass, Plan
 from elastic_cache.policies.elastic import ElasticPolicy
 from elastic_cache.policies.none import NonePolicy
 from elastic_cache.policies.rolling import RollingPolicy
@@ -78,7 +78,7 @@ class BenchRunner(Runner):
         if first is None:
             first = int(report.first_full_layer[0])
         if first < self._depth and not plan.is_full:
-            self.refresh({0: first})
+            self.refresh({0: FullPass(first, first, self._depth)})
 
     def set_lists(self, num_rows: int) -> Plan:
         """Lists `num_rows` rows of the kinds a step has; decodes the window."""

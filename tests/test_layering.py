@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("display", "lm_eval_args"),
     ("engine",),
     ("batch",),
+    ("readout", "turns"),
     ("request",),
     ("prompt",),
     ("policies",),

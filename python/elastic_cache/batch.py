@@ -9,8 +9,9 @@ told what it did, so that the GPU waits neither for that nor for who reads it. W
 meanwhile does so one step later; who was there when `wait` returned takes part.
 
 Full passes (a request's first step, the steps of policy `none`, refreshes) run sequence by
-sequence, at most `max_full_rows` rows in a step, or a single one: what is beyond waits for the next
-step. A sequence's own steps and tokens do not depend on that, nor on who else is in the batch.
+sequence, in a step as many layers of them as `max_full_rows` rows through all layers make: what is
+beyond waits for the next step. A sequence's own steps and tokens do not depend on that, nor on who
+else is in the batch.
 """
 
 from __future__ import annotations
@@ -25,18 +26,15 @@ import torch
 from elastic_cache.config import GenerationConfig, find_settings
 from elastic_cache.errors import NonFiniteLogitsError
 from elastic_cache.models.weights import Model
-from elastic_cache.plan import Plan
+from elastic_cache.plan import FullPass, Plan
 from elastic_cache.policies import Policy, make_policy
 from elastic_cache.prompt import Prompt, encode_prompt
-from elastic_cache.report import (
-    SEGMENT_WINDOW,
-    STATUS_MASKED,
-    STATUS_NOT_FINITE,
-    Report,
-)
-from elastic_cache.request import Decoded, Request
+from elastic_cache.readout import Done, Launched, Pending, Reader
+from elastic_cache.report import Report
+from elastic_cache.request import Request
 from elastic_cache.runner import Runner
 from elastic_cache.shape import Start
+from elastic_cache.turns import Turns
 from elastic_cache.types import Message, Step
 
 MAX_FULL_ROWS = 512
@@ -63,52 +61,14 @@ class Outcome:
         return self.error is not None or self.request.is_finished
 
 
-@dataclass(frozen=True)
-class _Launched:
-    """What the host has to remember of a sequence's step under way."""
-
-    plan: Plan
-    candidates: list[int]  # positions
-    begin: int  # where the report has them
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """A step whose drift test failed."""
-
-    launched: _Launched
-    first_full: int  # layer
-    similarity: list[float]  # of the layers before
-
-
-@dataclass(frozen=True)
-class _Commits:
-    """What a step committed; the lists are alike."""
-
-    positions: list[int]
-    tokens: list[int]
-    confidence: list[float]
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A sequence's step that is over, of which its request has not been told yet."""
-
-    lane: int
-    request: Request
-    launched: _Launched
-    commits: _Commits
-    failed: _Failed | None  # as it was before it was refreshed
-    is_last: bool
-
-
 class Batch:
     """Requests that share every step's stream of the weights.
 
     Args:
         model: the loaded model.
         runner: decodes up to `runner.shape.num_sequences` of them.
-        max_full_rows: full passes of a step have at most so many rows, but there is always one.
+        max_full_rows: full passes of a step have at most so many rows times the model's layers,
+            but always a layer.
         is_alone: the runner was made for a single request, whose steps are its own iterator's.
         give_back: called with the runner when the last request has finished; not after a failure,
             so that whatever went wrong is gone.
@@ -124,20 +84,17 @@ class Batch:
     ) -> None:
         self._model = model
         self._runner = runner
-        self._max_full_rows = max_full_rows
         self._is_alone = is_alone
         self._give_back = give_back
         self._depth = model.config.num_layers
         self._runs_ahead = model.device.type != "cpu"
         self._lanes: list[Request | None] = [None] * runner.shape.num_sequences
-        self._launched: dict[int, _Launched] = {}
-        self._held: dict[int, _Failed] = {}  # until a later step refreshes them
-        # Who runs a full pass in this step, what is left of its rows, and when anybody last did.
-        self._turn: set[int] = set()
-        self._rows_left = max_full_rows
-        self._full_at = [0] * len(self._lanes)
-        self._num_launched = 0
-        self._reader: _Reader | None = None  # of the last report
+        self._launched: dict[int, Launched] = {}
+        self._held: dict[int, Pending] = {}  # until their full passes are over
+        # Who is alone keeps nobody waiting.
+        most = runner.shape.capacity if is_alone else max_full_rows
+        self._turns = Turns(len(self._lanes), self._depth, most)
+        self._reader: Reader | None = None  # of the last report
         self._is_stale = False  # rows are listed of a sequence that was stopped
 
     @property
@@ -185,7 +142,7 @@ class Batch:
         # A request that is alone keeps its batch alive, not the other way round: when nobody wants
         # it any more, the memory is free at once.
         self._lanes[lane] = weakref.proxy(request) if self._is_alone else request
-        self._full_at[lane] = self._num_launched
+        self._turns.join(lane)
         return request
 
     def check(self, prompt: Prompt, settings: GenerationConfig, policy: Policy) -> None:
@@ -232,18 +189,19 @@ class Batch:
 
         A request that fails leaves; the others go on.
         """
-        outcomes = [] if self._launched or self._turn else self._launch()
+        outcomes = [] if self._launched or self._turns else self._launch()
         report = self._runner.finish() if self._launched else None
         refreshed, report = self._refresh(report)
-        launched, self._launched, self._turn = self._launched, {}, set()
-        steps: list[_Done] = []
+        launched, self._launched = self._launched, {}
+        self._turns.finish()
+        steps: list[Done] = []
         if report is not None:
-            self._reader = reader = _Reader(report, self._runner.shape.capacity)
+            self._reader = reader = Reader(report, self._runner.shape.capacity)
             for lane, done in launched.items():
                 steps.append(self._observe(lane, reader, done, None))
-            for lane, failed in refreshed.items():
-                done = replace(failed.launched, begin=self._runner.full_begin(lane))
-                steps.append(self._observe(lane, reader, done, failed))
+            for lane, pending in refreshed.items():
+                done = replace(pending.launched, begin=self._runner.full_begin(lane))
+                steps.append(self._observe(lane, reader, done, pending))
         ahead = self._launch() if self._runs_ahead else []
         outcomes += [self._settle(reader, done) for done in steps] + ahead
         if self._give_back is not None and not self.requests:
@@ -264,7 +222,7 @@ class Batch:
         """Enqueues the next step of everyone who can take part; who has nothing to decode is
         over."""
         if self._is_stale:
-            self._reader = _Reader(self._runner.select(), self._runner.shape.capacity)
+            self._reader = Reader(self._runner.select(), self._runner.shape.capacity)
             self._is_stale = False
         reader, outcomes = self._reader, []
         plans: dict[int, Plan] = {}
@@ -279,35 +237,28 @@ class Batch:
             self._leave(lane)
             request.finish()
             outcomes.append(Outcome(request, None))
-        full = [lane for lane, plan in plans.items() if plan.is_full]
-        self._take_turns(full)
-        plans = {
-            lane: plan for lane, plan in plans.items() if lane in self._turn or not plan.is_full
-        }
+        plans = self._take_turns(plans, reader)
         self._runner.launch(plans)
         self._launched = {lane: self._remember(lane, plan, reader) for lane, plan in plans.items()}
         return outcomes
 
-    def _take_turns(self, full: Sequence[int]) -> None:
-        """Decides who of `full` and of those held runs a full pass in this step: whoever has
-        waited longest for one, as many as may be."""
-        self._num_launched += 1
-        self._turn, self._rows_left = set(), self._max_full_rows
-        for lane in sorted([*self._held, *full], key=lambda lane: self._full_at[lane]):
-            if not self._may_run_full(lane):
-                break
-            self._run_full(lane)
+    def _take_turns(self, plans: dict[int, Plan], reader: Reader | None) -> dict[int, Plan]:
+        """Decides whose full passes run in this step, and returns the plans to launch: without
+        those that wait, and those that begin and will not be over, which are held."""
+        waiting = {lane: pending.next_layer for lane, pending in self._held.items()}
+        waiting |= {lane: 0 for lane, plan in plans.items() if plan.is_full}
+        self._turns.begin({lane: (self._length(lane), first) for lane, first in waiting.items()})
+        launched = {}
+        for lane, plan in plans.items():
+            end = self._turns.end(lane) if plan.is_full else self._depth
+            if end == self._depth:
+                launched[lane] = plan
+            elif end is not None:
+                self._runner.prepare(lane, plan)
+                self._held[lane] = Pending(self._remember(lane, plan, reader), 0, [], 0)
+        return launched
 
-    def _may_run_full(self, lane: int) -> bool:
-        return not self._turn or self._length(lane) <= self._rows_left
-
-    def _run_full(self, lane: int) -> None:
-        """Counts a full pass."""
-        self._turn.add(lane)
-        self._rows_left -= self._length(lane)
-        self._full_at[lane] = self._num_launched
-
-    def _remember(self, lane: int, plan: Plan, reader: _Reader | None) -> _Launched:
+    def _remember(self, lane: int, plan: Plan, reader: Reader | None) -> Launched:
         request, begin = self._lanes[lane], 0
         assert request is not None
         if plan.is_full:
@@ -318,40 +269,48 @@ class Batch:
             candidates = request.candidates(plan.num_candidates)
         else:
             begin, candidates = reader.candidates(lane)
-        return _Launched(plan, candidates, begin)
+        return Launched(plan, candidates, begin)
 
-    def _refresh(self, report: Report | None) -> tuple[dict[int, _Failed], Report | None]:
-        """Refreshes those whose drift test failed, as many as may be; the others are held.
+    def _refresh(self, report: Report | None) -> tuple[dict[int, Pending], Report | None]:
+        """Goes on with the full passes of those whose drift test has failed or who are held, as
+        far as may be.
 
-        Returns who was refreshed, and the report; both are no longer under way.
+        Returns whose are over, and the report; both are no longer under way.
         """
-        failed = dict(self._held)
+        pending = dict(self._held)
         if report is not None:
             verdicts = report.first_full_layer.tolist()
             for lane, launched in self._launched.items():
                 first = verdicts[lane]
                 if not launched.plan.is_full and first < self._depth:
                     similarity = report.similarity[:first, lane].tolist()
-                    failed[lane] = _Failed(launched, first, similarity)
-                    if self._may_run_full(lane):
-                        self._run_full(lane)
-        refreshed = {lane: failure for lane, failure in failed.items() if lane in self._turn}
-        newly_held = [lane for lane in failed if lane not in refreshed and lane not in self._held]
-        self._held = {lane: kept for lane, kept in failed.items() if lane not in refreshed}
-        for lane in failed:
+                    pending[lane] = Pending(launched, first, similarity, first)
+                    self._turns.take(lane, self._length(lane), first)
+        passes = {
+            lane: FullPass(step.first_full, step.next_layer, end)
+            for lane, step in pending.items()
+            if (end := self._turns.end(lane)) is not None
+        }
+        over = {lane: pending[lane] for lane, part in passes.items() if part.end == self._depth}
+        newly_held = [lane for lane in pending if lane not in over and lane not in self._held]
+        self._held = {
+            lane: replace(step, next_layer=passes[lane].end) if lane in passes else step
+            for lane, step in pending.items()
+            if lane not in over
+        }
+        for lane in pending:
             self._launched.pop(lane, None)
-        if refreshed or newly_held:
-            layers = {lane: failure.first_full for lane, failure in refreshed.items()}
-            report = self._runner.refresh(layers, newly_held)
-        return refreshed, report
+        if passes or newly_held:
+            report = self._runner.refresh(passes, newly_held)
+        return over, report
 
     def _observe(
         self,
         lane: int,
-        reader: _Reader,
-        launched: _Launched,
-        failed: _Failed | None,
-    ) -> _Done:
+        reader: Reader,
+        launched: Launched,
+        pending: Pending | None,
+    ) -> Done:
         """What the next step must know of a sequence's step: who is over or has failed leaves."""
         request, is_last = self._lanes[lane], False
         assert request is not None
@@ -364,9 +323,9 @@ class Batch:
             is_last = request.policy.plan(0, 0) is None
             if is_last:
                 self._leave(lane)
-        return _Done(lane, request, launched, commits, failed, is_last)
+        return Done(lane, request, launched, commits, pending, is_last)
 
-    def _settle(self, reader: _Reader, done: _Done) -> Outcome:
+    def _settle(self, reader: Reader, done: Done) -> Outcome:
         """Tells a request what its step did."""
         request = done.request
         try:
@@ -411,72 +370,6 @@ def make_start(prompt: Prompt, settings: GenerationConfig, policy: Policy) -> St
         reuses=policy.needs.keys_values,
         settings=settings,
     )
-
-
-class _Reader:
-    """A report as lists: indexing a handful of elements by tensors costs more than all of this."""
-
-    def __init__(self, report: Report, capacity: int) -> None:
-        self._segments: list[list[int]] = report.segments.tolist()
-        self._status: list[list[int]] = report.status.tolist()
-        self._candidates: list[int] = report.candidates.tolist()
-        self._token: list[int] = report.token.tolist()
-        self._confidence: list[float] = report.confidence.tolist()
-        self._is_committed: list[bool] = report.is_committed.tolist()
-        self._tracked = report.tracked
-        self._similarity = report.similarity
-        self._capacity = capacity
-
-    def counts(self, lane: int) -> tuple[int, int]:
-        """Rows and candidates listed for the next window pass."""
-        segment = self._segments[lane]
-        return sum(segment[1:]), segment[SEGMENT_WINDOW]
-
-    def candidates(self, lane: int) -> tuple[int, list[int]]:
-        """Where the candidates of the next window pass stand, and their positions."""
-        begin = sum(segment[SEGMENT_WINDOW] for segment in self._segments[:lane])
-        slots = self._candidates[begin : begin + self._segments[lane][SEGMENT_WINDOW]]
-        return begin, [slot - lane * self._capacity for slot in slots]
-
-    def has_failed(self, lane: int) -> bool:
-        """Whether a candidate had no probability."""
-        return self._status[lane][STATUS_NOT_FINITE] > 0
-
-    def num_masked(self, lane: int) -> int:
-        """Positions that are still masked."""
-        return self._status[lane][STATUS_MASKED]
-
-    def commits(self, launched: _Launched) -> _Commits:
-        """What a step committed."""
-        begin, candidates = launched.begin, launched.candidates
-        hits = [i for i in range(len(candidates)) if self._is_committed[begin + i]]
-        return _Commits(
-            [candidates[i] for i in hits],
-            [self._token[begin + i] for i in hits],
-            [self._confidence[begin + i] for i in hits],
-        )
-
-    def read(self, done: _Done, depth: int) -> Decoded:
-        """What became of a step through so many layers."""
-        lane, commits, plan = done.lane, done.commits, done.launched.plan
-        if done.failed is not None:
-            first_full, similarity = done.failed.first_full, done.failed.similarity
-        else:
-            first_full = 0 if plan.is_full else depth
-            similarity = self._similarity[:first_full, lane].tolist()
-        tracked: set[int] = set(self._tracked[:, lane].flatten().tolist())
-        return Decoded(
-            committed=commits.positions,
-            tokens=commits.tokens,
-            confidence=commits.confidence,
-            num_candidates=len(done.launched.candidates),
-            first_full=first_full,
-            num_rows=len(done.request.prompt.ids) if plan.is_full else plan.num_rows,
-            num_masked=self.num_masked(lane),
-            num_not_finite=self._status[lane][STATUS_NOT_FINITE],
-            tracked=sorted(tracked - {-1}),
-            similarity=similarity,
-        )
 
 
 def _refuse() -> Step | None:

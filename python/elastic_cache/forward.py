@@ -130,39 +130,41 @@ class Forward:
             self._decide(0, len(self._layers), drift, state)
         return True
 
-    def run_full(
-        self,
-        first: int,
-        begin: int,
-        length: int,
-        candidates: torch.Tensor,
-        candidate_segments: torch.Tensor,
-        state: DecodeState,
-        drift: DriftTest | None,
-    ) -> None:
-        """Layers `first` .. L - 1 over the `length` slots from `begin` on, which are a sequence.
+    def run_full(self, first: int, end: int, begin: int, length: int, state: DecodeState) -> None:
+        """Layers `first` .. `end` - 1 over the `length` slots from `begin` on, a sequence's.
 
-        Layer 0 begins with the tokens, another one with the inputs that its cache holds. With
-        `drift` every layer chooses its tracked tokens by the attention of the candidates.
+        Layer 0 begins with the tokens, another one with the inputs that its cache holds; where
+        there is a layer `end`, its inputs are left there.
         """
-        work, end = self._workspace.rows(length), begin + length
-        slots = self._all_slots[begin:end]
+        work = self._workspace.rows(length)
+        slots = self._all_slots[begin : begin + length]
         if first == 0:
             self._embed(state, slots, work)
         else:
             inputs = self._cache.layers[first].x
             assert inputs is not None  # a plan that can fail caches inputs
-            work.residual.copy_(inputs[begin:end])
+            work.residual.copy_(inputs[begin : begin + length])
         with _attention_kernels(slots.device):
-            for index in range(first, len(self._layers)):
+            for index in range(first, end):
                 # A sequence's own: there are no rows of others beside it.
                 self._project_qkv(index, slots, work, None, None, None, False, index == first)
                 attention = self._attend_all(index, slots, state, work)
                 self._finish_layer(self._layers[index], attention, work, False)
-        if drift is not None:
-            # torch's attention keeps no weights.
-            self._test(first, candidates, candidate_segments, drift, state, None)
-            self._decide(first, len(self._layers), drift, state)
+        if end < len(self._layers):
+            self._store_input(end, slots, work)
+
+    def track_full(
+        self,
+        first: int,
+        candidates: torch.Tensor,
+        segments: torch.Tensor,
+        state: DecodeState,
+        drift: DriftTest,
+    ) -> None:
+        """After a full pass: layers `first` .. L - 1 choose their tracked tokens by the attention
+        of the candidates, int32 [R], which torch's attention does not tell."""
+        self._test(first, candidates, segments, drift, state, None)
+        self._decide(first, len(self._layers), drift, state)
 
     def hidden(self, index: torch.Tensor) -> torch.Tensor:
         """Normalised output [W, d] of rows `index` of the last pass, int32 [W]; -1 gives any."""

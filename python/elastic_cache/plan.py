@@ -32,3 +32,18 @@ class RollingRule:
     ahead: int
     repeats: int
     reach: int
+
+
+@dataclass(frozen=True)
+class FullPass:
+    """Layers that run over every position of a sequence in a step.
+
+    Attributes:
+        begin, end: layers begin .. end - 1. The pass is over where `end` is the model's depth; else
+            a later step goes on from there.
+        first: the layer that the pass began with.
+    """
+
+    first: int
+    begin: int
+    end: int

@@ -25,7 +25,7 @@ from elastic_cache.decoding import CommitRule, Decoder
 from elastic_cache.forward import Forward
 from elastic_cache.graphs import Graphs
 from elastic_cache.models.weights import Model
-from elastic_cache.plan import Plan
+from elastic_cache.plan import FullPass, Plan
 from elastic_cache.report import SEGMENT_WINDOW, Report, ReportBlock
 from elastic_cache.shape import RunnerShape, Start, captured_rows, max_deferred, work_rows
 from elastic_cache.state import DecodeState, DriftTest, FullLists, RowLists
@@ -146,23 +146,33 @@ class Runner:
         return self._seen
 
     @torch.inference_mode()
-    def refresh(self, layers: Mapping[int, int], held: Iterable[int] = ()) -> Report:
-        """Runs sequences in full mode from a layer on, commits, and waits.
+    def prepare(self, sequence: int, plan: Plan) -> None:
+        """Takes over what `plan`, of a full pass, says, if `refresh` is to run it."""
+        if plan.num_commits is not None:
+            self._rule.fix(sequence, plan.num_commits)
+        self._draw(sequence, plan.num_candidates)
+
+    @torch.inference_mode()
+    def refresh(self, passes: Mapping[int, FullPass], held: Iterable[int] = ()) -> Report:
+        """Runs sequences in full mode, commits where a pass is over, and waits.
 
         Args:
-            layers: first layer in full mode, by sequence.
-            held: sequences that are to be refreshed in a later step; until then they have no rows.
+            passes: layers by sequence.
+            held: sequences whose passes are not over; until then they have no rows.
         """
         for sequence in held:
             self._kept[sequence] = self._state.tracked[:, sequence].clone()
             self._state.tracked[:, sequence].fill_(-1)
             self._state.committed[sequence].fill_(False)
             self._unlist(sequence)
-        for sequence, first in layers.items():
+        for sequence, part in passes.items():
+            if part.end < self._depth:
+                self._run_layers(sequence, part.begin, part.end)
+                continue
             kept = self._kept.pop(sequence, None)
             if kept is not None:
                 self._state.tracked[:, sequence].copy_(kept)
-            self._run_full(sequence, first)
+            self._run_full(sequence, part)
         self._graphs.run("select", self._select)
         self._report.mark()
         return self.finish()
@@ -250,40 +260,48 @@ class Runner:
         start = self._start_of(sequence)
         if plan.listed is not None:
             self._list_rows(plan)
-        if plan.num_commits is not None:
-            self._rule.fix(sequence, plan.num_commits)
+        self.prepare(sequence, plan)
         self._list(sequence)
         count = self.shape.num_candidates if self._is_padded else plan.num_candidates
-        self._draw(sequence, plan.num_candidates)
         samples = self._decoder.samples([sequence])
 
         def run() -> None:
-            self._run_layers(sequence, 0, count)
+            self._run_layers(sequence, 0, self._depth)
+            self._track_full(sequence, 0, count)
             self._end_full(sequence, count, samples)
 
         key = (sequence, len(start.ids), count, samples, start.tests_drift)
         self._whole_graphs.run(key, run)
-        if not start.reuses:
-            # Nothing of it is to be computed anew. Not part of the graph, which a request of the
-            # same length that does reuse the cache replays.
+        self._forget_commits(sequence)
+
+    def _forget_commits(self, sequence: int) -> None:
+        """Of a request that does not reuse the cache nothing is to be computed anew. Not part of
+        the graph, which a request of the same length that does reuse it replays."""
+        if not self._start_of(sequence).reuses:
             self._state.committed[sequence].fill_(False)
 
-    def _run_full(self, sequence: int, first: int) -> None:
-        """Layers `first` .. L - 1, whose noise has been drawn, and the end of the step."""
+    def _run_full(self, sequence: int, part: FullPass) -> None:
+        """The last layers of a pass, whose noise has been drawn, and the end of the step."""
         count = self.shape.num_candidates
         if not self._is_padded:
             masked = int(self._state.masked[sequence].sum())
             count = min(self._start_of(sequence).window, masked)
         samples = self._decoder.samples([sequence])
         self._list(sequence)
-        self._run_layers(sequence, first, count)
+        self._run_layers(sequence, part.begin, part.end)
+        self._track_full(sequence, part.first, count)
         self._graphs.run(
             ("end", sequence, count, samples), lambda: self._end_full(sequence, count, samples)
         )
+        self._forget_commits(sequence)
 
-    def _run_layers(self, sequence: int, first: int, count: int) -> None:
+    def _run_layers(self, sequence: int, first: int, end: int) -> None:
+        begin, length = sequence * self.shape.capacity, len(self._start_of(sequence).ids)
+        self._forward.run_full(first, end, begin, length, self._state)
+
+    def _track_full(self, sequence: int, first: int, count: int) -> None:
+        """Lists a sequence's candidates, and has layers `first` .. L - 1 choose what they track."""
         state, full, start = self._state, self._full, self._start_of(sequence)
-        begin = sequence * self.shape.capacity
         if self.shape.selects_rows:
             ops.select_rows(
                 state.masked,
@@ -296,10 +314,10 @@ class Runner:
                 full.window_rows,
             )
         drift = self._full_drift if start.tests_drift else None
-        self._forward.run_full(
-            first, begin, len(start.ids), full.rows[:count], full.segments, state, drift
-        )
-        if drift is not None and drift is not self._drift and self._drift is not None:
+        if drift is None:
+            return
+        self._forward.track_full(first, full.rows[:count], full.segments, state, drift)
+        if drift is not self._drift and self._drift is not None:
             self._drift.tracked[first:, sequence].copy_(drift.tracked[first:, sequence])
 
     def _end_full(self, sequence: int, count: int, samples: bool) -> None:

@@ -107,17 +107,47 @@ def check_a_crowd(engine: Engine, seed: int, max_full_rows: int) -> None:
 
 def test_full_passes_of_a_step_are_bounded(engine: Engine) -> None:
     """Four requests join at once: their first steps are spread over four steps of the batch."""
-    crowd = Crowd(engine.batch(4, max_length=300, max_full_rows=1))
-    requests = [crowd.add(question, dict(gen_length=16)) for question in QUESTIONS[:4]]
+    crowd = Crowd(engine.batch(4, max_length=300, max_full_rows=150))
+    asked = [question for question in QUESTIONS if len(question) > 170][:4]
+    requests = [crowd.add(question, dict(gen_length=16)) for question in asked]
+    assert all(75 < len(request.prompt.ids) <= 150 for request in requests)
     for count in range(1, 5):
         crowd.step()
         assert sum(bool(crowd.steps[request]) for request in requests) == count
 
 
+@pytest.mark.parametrize(
+    "kind", [dict(), dict(gamma=2.0), dict(policy="none"), dict(temperature=0.8, seed=3)], ids=str
+)
+def test_a_long_full_pass_is_spread_over_steps_by_layers(
+    engine: Engine, kind: dict[str, Any]
+) -> None:
+    """60 rows through 32 layers a step: the other request is never kept from its own step."""
+    kind = dict(gen_length=128, **kind)
+    asked = [(QUESTIONS[1], dict(gen_length=64, policy="rolling")), (QUESTIONS[2], kind)]
+    alone = [engine.generate(question, trace=True, **given) for question, given in asked]
+    crowd = Crowd(engine.batch(2, max_length=300, max_full_rows=60))
+    other = crowd.add(*asked[0])
+    while not crowd.steps[other]:
+        crowd.step()
+    long = crowd.add(*asked[1])
+    layers = 60 * 32 // len(long.prompt.ids)
+    assert 1 < layers < 16
+    for count in range(1, -(-32 // layers) + 1):
+        assert not crowd.steps[long]
+        crowd.step()
+        assert len(crowd.steps[other]) == 1 + count
+    assert len(crowd.steps[long]) == 1
+    while crowd.batch.requests:
+        crowd.step()
+    for request, expected in zip((other, long), alone, strict=True):
+        crowd.check(request, expected)
+
+
 def test_who_has_waited_longest_for_a_full_pass_is_next(engine: Engine) -> None:
     """One full pass a step, for two requests that need nothing else, one that is refreshed in every
     step, and one that joins: none of them waits for another to end."""
-    crowd = Crowd(engine.batch(4, max_length=300, max_full_rows=1))
+    crowd = Crowd(engine.batch(4, max_length=300, max_full_rows=250))
     kinds: list[dict[str, Any]] = [dict(policy="none"), dict(policy="none"), dict(gamma=2.0)]
     requests = [
         crowd.add(question, dict(gen_length=96, **kind))

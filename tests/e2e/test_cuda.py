@@ -22,7 +22,7 @@ from elastic_cache.engine import Engine, runner_shape
 from elastic_cache.graphs import Graphs
 from elastic_cache.models import load_model
 from elastic_cache.models.weights import Model
-from elastic_cache.plan import Plan
+from elastic_cache.plan import FullPass, Plan
 from elastic_cache.policies import make_policy
 from elastic_cache.problems import problems
 from elastic_cache.prompt import encode_prompt
@@ -119,7 +119,7 @@ def run(runner: Runner, plan: Plan) -> tuple[int, Report]:
     report = runner.finish()
     first_full = 0 if plan.is_full else int(report.first_full_layer[0])
     if first_full < len(report.similarity) and not plan.is_full:
-        report = runner.refresh({0: first_full})
+        report = runner.refresh({0: FullPass(first_full, first_full, runner._depth)})
     return first_full, report
 
 
@@ -308,9 +308,11 @@ def test_a_piece_is_captured_after_the_last_graph_was_forgotten() -> None:
     assert count.item() == 6
 
 
-def answer_together(engine: Engine, asked: list[tuple[str, dict]]) -> list[tuple[list, list]]:
+def answer_together(
+    engine: Engine, asked: list[tuple[str, dict]], max_full_rows: int = 512
+) -> list[tuple[list, list]]:
     """Steps and ids of requests that share three lanes, in the order asked."""
-    batch = engine.batch(3, max_length=200)
+    batch = engine.batch(3, max_length=200, max_full_rows=max_full_rows)
     asked = [(question, dict(gen_length=64, **settings)) for question, settings in asked]
     return [(steps, request.result.ids.tolist()) for request, steps in together(batch, asked)]
 
@@ -357,6 +359,13 @@ def test_batch_invariant_requests_are_as_alone() -> None:
     asked = list(zip(questions(), kinds * 2, strict=False))
     for request, answer in zip(asked, answer_together(engine, asked), strict=True):
         assert answer_together(engine, [request]) == [answer]
+
+
+def test_full_passes_in_parts_are_alike() -> None:
+    """Some layers a step, launched one by one, instead of captured as a whole."""
+    engine = elastic_cache.load("tiny", device="cuda", dtype="bfloat16", batch_invariant=True)
+    asked = list(zip(questions(), KINDS, strict=False))
+    assert answer_together(engine, asked, 40) == answer_together(engine, asked)
 
 
 def test_batch_invariant_is_refused_where_it_cannot_be() -> None:

@@ -159,7 +159,7 @@ class Engine:
             num_lanes: the most requests at a time.
             max_length: the most tokens of a request, prompt and gen_length together (default:
                 2,048, or what the model takes if that is less).
-            max_full_rows: positions computed in full mode in a step, at most, if through all layers;
+            max_full_rows: positions computed in full mode in a step, at most, through all layers;
                 of a longer sequence some layers run in each of several steps. It bounds a step's
                 time when requests join or are refreshed.
 

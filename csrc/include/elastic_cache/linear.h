@@ -1,6 +1,6 @@
 // out = x W + bias for the few rows of a step: each weight is read once and used for all rows.
 // The subtle thing: a row's result is the same sum in the same order whatever rows it is computed
-// with (blocks of 256 terms, added in order), so a sequence does not depend on its batch. On a GPU
+// with (blocks of 128 terms, added in order), so a sequence does not depend on its batch. On a GPU
 // the op is the vendor's product, which does not promise that, unless it is asked for ours.
 #pragma once
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from elastic_cache.config import GenerationConfig, find_settings
+from elastic_cache.config import MAX_FULL_ROWS, GenerationConfig, find_settings
 from elastic_cache.errors import NonFiniteLogitsError
 from elastic_cache.models.weights import Model
 from elastic_cache.plan import FullPass, Plan
@@ -36,9 +36,6 @@ from elastic_cache.runner import Runner
 from elastic_cache.shape import Start
 from elastic_cache.turns import Turns
 from elastic_cache.types import Message, Step
-
-MAX_FULL_ROWS = 512
-"""A full pass of 350 positions takes as long as one and a half window passes of LLaDA-8B."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,7 @@ class Batch:
         self._lanes: list[Request | None] = [None] * runner.shape.num_sequences
         self._launched: dict[int, Launched] = {}
         self._held: dict[int, Pending] = {}  # until their full passes are over
-        # Who is alone keeps nobody waiting.
-        most = runner.shape.capacity if is_alone else max_full_rows
-        self._turns = Turns(len(self._lanes), self._depth, most)
+        self._turns = Turns(len(self._lanes), self._depth, max_full_rows)
         self._reader: Reader | None = None  # of the last report
         self._is_stale = False  # rows are listed of a sequence that was stopped
 
@@ -247,7 +242,8 @@ class Batch:
         those that wait, and those that begin and will not be over, which are held."""
         waiting = {lane: pending.next_layer for lane, pending in self._held.items()}
         waiting |= {lane: 0 for lane, plan in plans.items() if plan.is_full}
-        self._turns.begin({lane: (self._length(lane), first) for lane, first in waiting.items()})
+        lengths = {lane: (self._length(lane), first) for lane, first in waiting.items()}
+        self._turns.begin(lengths, is_bounded=len(self.requests) > 1)
         launched = {}
         for lane, plan in plans.items():
             end = self._turns.end(lane) if plan.is_full else self._depth

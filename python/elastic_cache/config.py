@@ -14,6 +14,10 @@ from typing import Any
 
 POLICIES = ("none", "prefix", "dual", "elastic", "rolling")
 
+MAX_FULL_ROWS = 512
+"""Of a step of several requests, through all layers: a full pass of 350 positions takes as long as
+one and a half window passes of LLaDA-8B."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:

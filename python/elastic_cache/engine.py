@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from elastic_cache import ops
-from elastic_cache.batch import MAX_FULL_ROWS, Batch
+from elastic_cache.batch import Batch
 from elastic_cache.cache import CacheNeeds
-from elastic_cache.config import GenerationConfig, find_settings
+from elastic_cache.config import MAX_FULL_ROWS, GenerationConfig, find_settings
 from elastic_cache.device import find_device
 from elastic_cache.graphs import capture_stream
 from elastic_cache.memory import SCRATCH_BYTES, check_memory
@@ -170,6 +170,8 @@ class Engine:
         capacity = min(MAX_BATCH_LENGTH, longest) if max_length is None else max_length
         if num_lanes < 1:
             raise ValueError(f"num_lanes must be at least 1, got {num_lanes}")
+        if max_full_rows < 1:
+            raise ValueError(f"max_full_rows must be at least 1, got {max_full_rows}")
         if not 1 <= capacity <= longest:
             raise ValueError(f"max_length must be between 1 and {longest}, got {capacity}")
         runner = self._runners.take(batch_shape(self.model, num_lanes, capacity))

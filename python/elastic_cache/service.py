@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from elastic_cache.answer_text import AnswerText
-from elastic_cache.batch import MAX_FULL_ROWS, Batch, Outcome
-from elastic_cache.config import GenerationConfig, find_settings
+from elastic_cache.batch import Batch, Outcome
+from elastic_cache.config import MAX_FULL_ROWS, GenerationConfig, find_settings
 from elastic_cache.engine import Engine
 from elastic_cache.events import Event as Event
 from elastic_cache.events import Failed, Finished, Progress, Started, Timing

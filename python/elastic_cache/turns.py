@@ -7,6 +7,7 @@ some of them now and the others in the next steps.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 
@@ -29,14 +30,15 @@ class Turns:
         """From now on the lane waits with the others."""
         self._over_at[lane] = self._step
 
-    def begin(self, waiting: Mapping[int, tuple[int, int]]) -> None:
+    def begin(self, waiting: Mapping[int, tuple[int, int]], is_bounded: bool = True) -> None:
         """Begins a step.
 
         Args:
             waiting: by lane the length of its sequence and the layer with which it goes on.
+            is_bounded: whether there is anybody whom a long step would keep waiting.
         """
         self._step += 1
-        self._ends, self._left = {}, self._budget
+        self._ends, self._left = {}, self._budget if is_bounded else sys.maxsize
         for lane in sorted(waiting, key=self._over_at.__getitem__):
             if not self.take(lane, *waiting[lane]):
                 break

@@ -389,6 +389,7 @@ def test_second_signal_ends_at_once() -> None:
         (["--port", "70000"], ["port must be between 0 and 65535, got 70000"]),
         (["--host", "192.0.2.1"], ["cannot listen at 192.0.2.1 port 0"]),
         (["--concurrency", "0"], ["concurrency must be at least 1, got 0"]),
+        (["--max-full-rows", "0"], ["max_full_rows must be at least 1, got 0"]),
         (["--grace", "nan"], ["grace must be a number of seconds from 0 on, got nan"]),
         (["--api-key", ""], ["api-key must not be empty"]),
         (["--threshold", "2"], ["threshold must be between 0 and 1"]),

@@ -312,7 +312,7 @@ def test_wrong_arguments_are_refused_before_queueing(
     assert (stats.num_queued, stats.num_running, stats.num_failed) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("sizes", [{"num_lanes": 0}, {"max_queue": -1}])
+@pytest.mark.parametrize("sizes", [{"num_lanes": 0}, {"max_queue": -1}, {"max_full_rows": 0}])
 def test_wrong_sizes_are_refused(engine: Engine, sizes: dict[str, int]) -> None:
     ((name, value),) = sizes.items()
     with pytest.raises(ValueError, match=f"{name} must be at least {value + 1}, got {value}"):

@@ -38,6 +38,13 @@ def test_a_pass_that_is_too_long_runs_some_layers_and_goes_on_first() -> None:
     assert ends(turns) == [None, 10, None, None]
 
 
+def test_nobody_to_keep_waiting() -> None:
+    turns = Turns(4, depth=10, max_rows=100)
+    turns.begin({0: (250, 0)}, is_bounded=False)
+    assert ends(turns) == [10, None, None, None]
+    assert turns.take(1, 250, 0)
+
+
 def test_a_layer_at_least() -> None:
     turns = Turns(1, depth=3, max_rows=1)
     for layer in range(3):

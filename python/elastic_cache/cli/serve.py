@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_cache import env
 from elastic_cache.cli import options as shared
+from elastic_cache.config import MAX_FULL_ROWS
 
 if TYPE_CHECKING:
     from elastic_cache.service import Service
@@ -32,6 +33,13 @@ def add_command(commands: Any) -> None:
     counts = (
         ("--concurrency", 8, "N", "requests answered together"),
         ("--max-queue", 64, "N", "requests waiting; more are refused"),
+        (
+            "--max-full-rows",
+            MAX_FULL_ROWS,
+            "N",
+            "positions computed in full in a step, at most: fewer make shorter steps for those "
+            "who wait for their next token, and a later first one for who joins",
+        ),
         ("--max-body", 1 << 18, "BYTES", "size of a request"),
         ("--max-prompt", None, "TOKENS", "length of a prompt (default: --max-length)"),
         (
@@ -84,7 +92,13 @@ def run(options: argparse.Namespace) -> int:
         batch_invariant=options.batch_invariant,
     )
     server_options = ServerOptions(settings, key, options.max_body, options.max_prompt)
-    service = Service(engine, options.concurrency, options.max_queue, options.max_length)
+    service = Service(
+        engine,
+        options.concurrency,
+        options.max_queue,
+        options.max_length,
+        options.max_full_rows,
+    )
     _try_out(service, settings)
     app = create_app(service, engine.model, server_options)
     log_to_stderr()
@@ -98,7 +112,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, least in (("concurrency", 1), ("max_queue", 0), ("max_body", 1), ("max_prompt", 1)):
+    least_of = dict(concurrency=1, max_queue=0, max_full_rows=1, max_body=1, max_prompt=1)
+    for name, least in least_of.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")

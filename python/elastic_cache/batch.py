@@ -186,7 +186,7 @@ class Batch:
         """
         outcomes = [] if self._launched or self._turns else self._launch()
         report = self._runner.finish() if self._launched else None
-        refreshed, report = self._refresh(report)
+        over, report = self._refresh(report)
         launched, self._launched = self._launched, {}
         self._turns.finish()
         steps: list[Done] = []
@@ -194,7 +194,7 @@ class Batch:
             self._reader = reader = Reader(report, self._runner.shape.capacity)
             for lane, done in launched.items():
                 steps.append(self._observe(lane, reader, done, None))
-            for lane, pending in refreshed.items():
+            for lane, pending in over.items():
                 done = replace(pending.launched, begin=self._runner.full_begin(lane))
                 steps.append(self._observe(lane, reader, done, pending))
         ahead = self._launch() if self._runs_ahead else []
@@ -240,10 +240,9 @@ class Batch:
     def _take_turns(self, plans: dict[int, Plan], reader: Reader | None) -> dict[int, Plan]:
         """Decides whose full passes run in this step, and returns the plans to launch: without
         those that wait, and those that begin and will not be over, which are held."""
-        waiting = {lane: pending.next_layer for lane, pending in self._held.items()}
-        waiting |= {lane: 0 for lane, plan in plans.items() if plan.is_full}
-        lengths = {lane: (self._length(lane), first) for lane, first in waiting.items()}
-        self._turns.begin(lengths, is_bounded=len(self.requests) > 1)
+        waiting = {lane: (self._length(lane), step.next_layer) for lane, step in self._held.items()}
+        waiting |= {lane: (self._length(lane), 0) for lane, plan in plans.items() if plan.is_full}
+        self._turns.begin(waiting, is_bounded=len(self.requests) > 1)
         launched = {}
         for lane, plan in plans.items():
             end = self._turns.end(lane) if plan.is_full else self._depth

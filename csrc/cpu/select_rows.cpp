@@ -45,6 +45,13 @@ void select_sequence(const SelectRowsParams& p, int64_t s, const std::vector<cha
   std::fill(segment, segment + kSegmentColumns, 0);
   segment[kSegmentBegin] = static_cast<int32_t>(rows.count());
 
+  const auto waits = [&](int64_t i) {
+    return masked[i] && !committed[i] && !is_tracked[static_cast<size_t>(i)];
+  };
+  int64_t first = 0;
+  while (first < p.capacity && !waits(first)) ++first;
+  if (first == p.capacity || p.window[s] <= 0) return;
+
   const int64_t slot = s * p.capacity;
   for (int64_t i = 0; i < p.capacity; ++i) {
     if (!is_tracked[static_cast<size_t>(i)]) continue;
@@ -56,8 +63,8 @@ void select_sequence(const SelectRowsParams& p, int64_t s, const std::vector<cha
     rows.append(slot + i);
     ++segment[kSegmentCommitted];
   }
-  for (int64_t i = 0; i < p.capacity; ++i) {
-    if (!masked[i] || committed[i] || is_tracked[static_cast<size_t>(i)]) continue;
+  for (int64_t i = first; i < p.capacity; ++i) {
+    if (!waits(i)) continue;
     if (segment[kSegmentWindow] < p.window[s]) {
       window_rows.append(rows.count());
       ++segment[kSegmentWindow];

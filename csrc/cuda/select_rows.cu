@@ -172,6 +172,7 @@ __device__ Counts count_rows(const Bits& sequence, int num_words, int window, in
   committed = cuda::warp_reduce(committed, cuda::Sum{});
   waiting = cuda::warp_reduce(waiting, cuda::Sum{});
   const int num_window = min(max(window, 0), waiting);
+  if (num_window == 0) return {};
   return {tracked, committed, num_window, min(max(lookahead, 0), waiting - num_window)};
 }
 

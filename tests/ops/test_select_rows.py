@@ -71,6 +71,23 @@ def test_example(device: torch.device) -> None:
     assert window_rows.tolist() == [4, 5, 7, 8, 9, -1, -1, -1]
 
 
+@pytest.mark.parametrize("reason", ["nothing is masked", "the window is 0"])
+def test_a_finished_sequence_has_no_rows(
+    device: torch.device, rng: torch.Generator, reason: str
+) -> None:
+    """Though something was committed and tracked; the rows of the next one follow at once."""
+    case = make_case(rng, device, 70, num_sequences=3)
+    if reason == "nothing is masked":
+        case["masked"][1] = False
+    else:
+        case["window"][1] = 0
+    result = check_exact("select_rows", case)
+    end = int(result["segments"][0].sum())
+    assert case["committed"][1].any() and (case["tracked"][:, 1] >= 0).any()
+    assert result["segments"][1].tolist() == [end, 0, 0, 0, 0]
+    assert result["segments"][2, 0] == end < int(result["segments"][2].sum())
+
+
 @pytest.mark.parametrize("capacity", [*TILE_SIZES, 1040, 2047, 4096, 4100])
 def test_sizes(device: torch.device, rng: torch.Generator, capacity: int) -> None:
     check_exact("select_rows", make_case(rng, device, capacity))
@@ -153,10 +170,13 @@ def test_rows_of_any_state(data: st.DataObject) -> None:
     result = check_exact("select_rows", case)
     begin, tracked, committed, window, lookahead = result["segments"][0].tolist()
     rows = [r for r in result["rows"].tolist() if r >= 0]
+    masks = [p for p, kind in enumerate(kinds) if kind == "m"]
+    if not masks or not int(case["window"]):
+        assert not rows and not any(result["segments"][0].tolist())
+        return
     assert begin == 0 and len(rows) == len(set(rows)) == tracked + committed + window + lookahead
     assert rows[:tracked] == sorted({p for p in chosen if p >= 0})
     assert {p for p, kind in enumerate(kinds) if kind == "c"} <= set(rows[: tracked + committed])
-    masks = [p for p, kind in enumerate(kinds) if kind == "m"]
     assert rows[tracked + committed :] == masks[: window + lookahead]
     assert window == min(int(case["window"]), len(masks))
 

@@ -5,7 +5,7 @@
 //   lookahead  the next `lookahead` masked positions: computed, but not decoded.
 // The subtle thing: the window is not a block. It slides with every commit and may have gaps.
 // A position is listed once, under the first kind that claims it (and then takes no place in the
-// window).
+// window). A sequence whose window is empty is finished: it has no rows at all.
 #pragma once
 
 #include "elastic_cache/types.h"

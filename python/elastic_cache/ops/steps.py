@@ -27,7 +27,8 @@ def select_rows(
 
     The window is the leftmost `window` positions still masked, lookahead the next ones: computed,
     but not decoded. A position is listed once, under the first kind that claims it; tracked and
-    committed rows are in ascending order.
+    committed rows are in ascending order. A sequence whose window is empty is finished and has no
+    rows.
 
     Args:
         masked: bool [S, C], positions still masked.

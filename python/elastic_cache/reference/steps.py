@@ -34,6 +34,8 @@ def select_rows(
         masks = [p for p in _positions(masked[s]) if p not in chosen and not committed[s, p]]
         split = int(window[s])
         kinds = (chosen, fresh, masks[:split], masks[split : split + int(lookahead[s])])
+        if not kinds[2]:
+            kinds = ([], [], [], [])  # finished
         counts = [len(positions) for positions in kinds]
         begin = len(slots)
         slots.extend(s * capacity + p for positions in kinds for p in positions)

@@ -56,16 +56,15 @@ void vendor_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
 }
 
 #ifdef ELASTIC_CACHE_CUDA
-bool streams(const Tensor& weight, const Tensor& out, bool batch_invariant) {
-  return out.is_cuda() && weight.stride(1) == 1 &&
-         (batch_invariant || out.size(0) <= cuda::kStreamRows);
+bool streams(const Tensor& weight, const Tensor& out, int64_t max_rows, bool batch_invariant) {
+  return out.is_cuda() && weight.stride(1) == 1 && (batch_invariant || out.size(0) <= max_rows);
 }
 
 // Our own product, where it has a form for it, and one that is no slower than torch's if that does.
 bool own_linear(DType dtype, const Tensor& x, const Tensor& weight,
                 const std::optional<Tensor>& bias, const Tensor& out, cuda::Begin begin,
                 bool batch_invariant) {
-  if (!streams(weight, out, batch_invariant)) return false;
+  if (!streams(weight, out, cuda::kStreamRows, batch_invariant)) return false;
   const CurrentStream stream(out);
   return cuda::stream_linear(linear_params(dtype, x, weight, input<void>(bias), out), begin,
                              stream);
@@ -129,7 +128,7 @@ void layer_linear([[maybe_unused]] DType dtype, const Tensor& x, const Tensor& w
 void layer_gated_linear(DType dtype, const Tensor& x, const Tensor& weight, const Tensor& gate_up,
                         const Tensor& out, bool batch_invariant) {
 #ifdef ELASTIC_CACHE_CUDA
-  if (streams(weight, out, batch_invariant)) {
+  if (streams(weight, out, cuda::kGatedStreamRows, batch_invariant)) {
     const CurrentStream stream(out);
     const LinearParams params = linear_params(dtype, x, weight, nullptr, gate_up);
     if (cuda::stream_gated_linear(params, output<void>(out), stream)) return;

@@ -72,8 +72,7 @@ class BenchRunner(Runner):
 
     def run(self, plan: Plan) -> None:
         """A whole step, with what its drift test asks for."""
-        self.launch({0: plan})
-        report = self.finish()
+        report = self.finish(self.launch({0: plan}))
         first = self.forced_layer
         if first is None:
             first = int(report.first_full_layer[0])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 from elastic_cache.batch import Batch
 from elastic_cache.request import Request
 from elastic_cache.types import Step
@@ -23,3 +24,16 @@ def together(
             assert outcome.error is None and outcome.step is not None
             answered[outcome.request].append(outcome.step)
     return list(answered.items())
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a method from here on, which does what it did."""
+    calls: list[tuple[Any, ...]] = []
+    method: Callable[..., Any] = getattr(owner, name)
+
+    def call(*args: Any) -> Any:
+        calls.append(args)
+        return method(*args)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls

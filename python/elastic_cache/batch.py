@@ -4,9 +4,11 @@
     runner.launch    the layers against the cache, a token and a confidence per candidate, the
                      commit, and the rows of the next step
     runner.finish    waits; layers behind a failed drift test are then refreshed
-On a GPU the next step is launched as soon as a step's report says who goes on, before anybody is
-told what it did, so that the GPU waits neither for that nor for who reads it. Who joins or leaves
-meanwhile does so one step later; who was there when `wait` returned takes part.
+On a GPU the next step is launched before the host knows what the one under way does, where it
+must not know: every request has as many rows whatever that is (`Policy.steady_rows`). Else it is as
+soon as the report says who goes on. Either way nobody has been told yet what the step did, so the
+GPU waits neither for that nor for who reads it. Who joins or leaves meanwhile does so one step
+later; who was there when `wait` returned takes part.
 
 Full passes (a request's first step, the steps of policy `none`, refreshes) run sequence by
 sequence, in a step as many layers of them as `max_full_rows` rows through all layers make: what is
@@ -29,7 +31,7 @@ from elastic_cache.models.weights import Model
 from elastic_cache.plan import FullPass, Plan
 from elastic_cache.policies import Policy, make_policy
 from elastic_cache.prompt import Prompt, encode_prompt
-from elastic_cache.readout import Done, Launched, Pending, Reader
+from elastic_cache.readout import Done, Flight, Launched, Pending, Reader
 from elastic_cache.report import Report
 from elastic_cache.request import Request
 from elastic_cache.runner import Runner
@@ -86,11 +88,12 @@ class Batch:
         self._depth = model.config.num_layers
         self._runs_ahead = model.device.type != "cpu"
         self._lanes: list[Request | None] = [None] * runner.shape.num_sequences
-        self._launched: dict[int, Launched] = {}
+        self._flight: Flight | None = None  # the step under way
+        self._launched: dict[int, Launched] = {}  # what it is for each of its lanes
         self._held: dict[int, Pending] = {}  # until their full passes are over
         self._turns = Turns(len(self._lanes), self._depth, max_full_rows)
         self._reader: Reader | None = None  # of the last report
-        self._is_stale = False  # rows are listed of a sequence that was stopped
+        self._is_stale = False  # rows are listed of a sequence that was stopped or has failed
 
     @property
     def num_free(self) -> int:
@@ -174,10 +177,14 @@ class Batch:
             raise ValueError(f"block_caching must be True for {together}")
 
     def wait(self) -> None:
-        """Waits for the step under way, if there is one, and changes nothing: requests that are
-        added before `step` take part in the one it launches."""
-        if self._launched:
-            self._runner.wait()
+        """Waits until `step` should be called, and changes nothing: requests that are added before
+        it is take part in the step that it launches."""
+        if self._flight is None or not self._launched:
+            return
+        if self._foresees():
+            self._runner.wait_nearly()
+        else:
+            self._runner.wait(self._flight.report)
 
     def step(self) -> list[Outcome]:
         """One denoising step of the requests; of some of them none if full passes are waiting.
@@ -185,7 +192,9 @@ class Batch:
         A request that fails leaves; the others go on.
         """
         outcomes = [] if self._launched or self._turns else self._launch()
-        report = self._runner.finish() if self._launched else None
+        flight = self._flight if self._launched else None
+        ahead = self._launch_ahead(flight) if flight is not None and self._foresees() else None
+        report = None if flight is None else self._runner.finish(flight.report)
         over, report = self._refresh(report)
         launched, self._launched = self._launched, {}
         self._turns.finish()
@@ -197,8 +206,12 @@ class Batch:
             for lane, pending in over.items():
                 done = replace(pending.launched, begin=self._runner.full_begin(lane))
                 steps.append(self._observe(lane, reader, done, pending))
-        ahead = self._launch() if self._runs_ahead else []
-        outcomes += [self._settle(reader, done) for done in steps] + ahead
+        unstarted: list[Outcome] = []
+        if ahead is not None:
+            self._follow(ahead, reader)
+        elif self._runs_ahead:
+            unstarted = self._launch()
+        outcomes += [self._settle(reader, done) for done in steps] + unstarted
         if self._give_back is not None and not self.requests:
             self._give_back(self._runner)
             self._give_back = None
@@ -233,9 +246,60 @@ class Batch:
             request.finish()
             outcomes.append(Outcome(request, None))
         plans = self._take_turns(plans, reader)
-        self._runner.launch(plans)
+        self._flight = self._make_flight(self._runner.launch(plans), plans)
         self._launched = {lane: self._remember(lane, plan, reader) for lane, plan in plans.items()}
         return outcomes
+
+    def _foresees(self) -> bool:
+        """Whether the next step can be launched before the one under way is over."""
+        if not self._runs_ahead or self._held or self._is_stale:
+            return False
+        lengths = []  # of who joins
+        for lane, request in self._taken():
+            if lane not in self._launched:
+                if request.policy.plan(0, 0) is None:
+                    return False
+                lengths.append(self._length(lane))
+            elif not request.policy.steady_rows or request.settings.temperature > 0:
+                return False
+        return self._turns.fits(lengths)
+
+    def _launch_ahead(self, flight: Flight) -> Flight:
+        """Enqueues the step after the one under way, of everyone who may take part: whose answer
+        turns out to be finished has room for its rows in it, and none."""
+        plans: dict[int, Plan] = {}
+        for lane, request in self._taken():
+            policy = request.policy
+            plan = policy.plan(0, 0)
+            if lane in self._launched:
+                plan = Plan(False, policy.steady_rows, policy.window)
+            assert plan is not None
+            plans[lane] = plan
+        plans = self._take_turns(plans, None)
+        return self._make_flight(self._runner.launch(plans, flight.listed), plans)
+
+    def _make_flight(self, report: int, plans: dict[int, Plan]) -> Flight:
+        listed = [(0, 0)] * len(self._lanes)
+        for lane in plans:
+            request = self._lanes[lane]
+            assert request is not None
+            listed[lane] = request.policy.steady_rows, request.policy.window
+        return Flight(report, plans, listed)
+
+    def _follow(self, flight: Flight, reader: Reader) -> None:
+        """Goes on with a step that was launched ahead: without those whose answers the step before
+        has finished."""
+        listed = list(flight.listed)
+        self._launched = {}
+        for lane, plan in flight.plans.items():
+            request = self._lanes[lane]
+            if request is None:
+                listed[lane] = (0, 0)
+                continue
+            known = plan if plan.is_full else request.policy.plan(*reader.counts(lane))
+            assert known is not None
+            self._launched[lane] = self._remember(lane, known, reader)
+        self._flight = replace(flight, listed=listed)
 
     def _take_turns(self, plans: dict[int, Plan], reader: Reader | None) -> dict[int, Plan]:
         """Decides whose full passes run in this step, and returns the plans to launch: without
@@ -342,8 +406,6 @@ class Batch:
         self._lanes[lane] = None
         self._held.pop(lane, None)
         self._runner.stop(lane)
-        # On a GPU looking again costs a wait: rows of a finished sequence are computed once more.
-        self._is_stale |= not self._runs_ahead
 
     def _taken(self) -> list[tuple[int, Request]]:
         return [(lane, request) for lane, request in enumerate(self._lanes) if request is not None]

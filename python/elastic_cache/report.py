@@ -1,9 +1,8 @@
 """What the host learns of a step: one block of memory, read back in one copy.
 
-On a GPU the fields are views of a device block with a twin in pinned host memory; a step ends with
-one copy from the first to the second, which a captured graph contains, and the host waits for it
-once. On the CPU both are the same block. The host gets a copy of its own, which stays as it is when
-the next step is launched, or a sequence stopped.
+The fields are views of a block where the operators run; a step ends with one copy of it to host
+memory, pinned for a GPU, and the host waits for that once. There are two such copies, so that a
+step may be over before the host has read what the one before has found.
 """
 
 from __future__ import annotations
@@ -68,31 +67,30 @@ class ReportBlock:
         size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._layout.values())
         self._block = torch.zeros(size, dtype=torch.uint8, device=device)
         self._is_remote = device.type != "cpu"
-        self._pinned = self._block
-        if self._is_remote:
-            self._pinned = torch.zeros(size, dtype=torch.uint8).pin_memory()
-            self._copied = torch.cuda.Event()
+        self._copies = [
+            torch.zeros(size, dtype=torch.uint8, pin_memory=self._is_remote) for _ in range(2)
+        ]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if self._is_remote else []
+        self._latest = 0
         self.device = self._views(self._block)
 
-    def copy(self) -> None:
-        """Enqueues the copy to the host; may be captured."""
+    def copy(self) -> int:
+        """Enqueues a copy to the host, in the place of the last but one; which, for `read`."""
+        self._latest = which = 1 - self._latest
+        self._copies[which].copy_(self._block, non_blocking=True)
         if self._is_remote:
-            self._pinned.copy_(self._block, non_blocking=True)
+            self._copied[which].record()
+        return which
 
-    def mark(self) -> None:
-        """Everything enqueued by now is what `wait` waits for; the last copy must be among it."""
+    def wait(self, which: int) -> None:
+        """Waits until a copy is there."""
         if self._is_remote:
-            self._copied.record()
+            self._copied[which].synchronize()
 
-    def wait(self) -> None:
-        """Waits up to the last mark."""
-        if self._is_remote:
-            self._copied.synchronize()
-
-    def read(self) -> Report:
-        """Waits; a copy of the report as it is then."""
-        self.wait()
-        return self._views(self._pinned.clone())
+    def read(self, which: int) -> Report:
+        """Waits; the report as it was copied then, in memory of its own."""
+        self.wait(which)
+        return self._views(self._copies[which].clone())
 
     def _views(self, block: torch.Tensor) -> Report:
         views, start = [], 0

@@ -4,7 +4,8 @@
                   commit; on a GPU one captured graph per number of rows
     full pass     the layers from the first failing one on (or all) over every position of one
                   sequence, then the same end; on a GPU a graph per sequence and length
-    selection     lists the rows of the next step and copies the report to the host
+    selection     lists the rows of the next step
+A copy of the report to the host ends a step.
 
 The subtle thing: on a GPU nobody looks at the drift test's verdict before the window pass is over.
 The commit itself refuses where a test has failed, the host learns of it from the report, and only
@@ -15,7 +16,7 @@ come after the window pass of a step: what that does to a sequence without rows 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -33,7 +34,7 @@ from elastic_cache.state import DecodeState, DriftTest, FullLists, RowLists
 BUCKET = 16
 """On a GPU rows are padded to a multiple of this, which is a product's granularity as well."""
 LARGE_BUCKET = 64
-"""The same beyond 192 rows: there are too many such numbers to capture a step for each."""
+"""The same beyond 256 rows: there are too many such numbers to capture a step for each."""
 MAX_CAPTURED_LENGTHS = 4
 """Full passes that a runner on a GPU keeps captured, of each of its sequences."""
 
@@ -94,6 +95,9 @@ class Runner:
         self._kept: dict[int, torch.Tensor] = {}
         self._listed: range | None = None
         self._seen = report
+        self._nearly_over = None
+        if device.type == "cuda":
+            self._nearly_over = torch.cuda.Event(external=True)  # a graph's pass records it
 
     @torch.inference_mode()
     def start(self, sequence: int, start: Start) -> None:
@@ -119,30 +123,43 @@ class Runner:
         self._unlist(sequence)
 
     @torch.inference_mode()
-    def launch(self, plans: Mapping[int, Plan]) -> None:
+    def launch(
+        self, plans: Mapping[int, Plan], listed: Sequence[tuple[int, int]] | None = None
+    ) -> int:
         """Enqueues a step of the sequences in `plans`; on the CPU it is done on return.
 
-        Rows are listed that the last report counts; only those of sequences in `plans` matter.
+        Args:
+            plans: by sequence; there may be rows of others in the lists, which do not matter.
+            listed: rows and candidates that every sequence has at most; None: as the last report
+                counts them.
+
+        Returns:
+            Which report it makes, for `wait` and `finish`.
         """
         windows = {s: plan for s, plan in plans.items() if not plan.is_full}
         if windows:
-            self._launch_window(windows)
+            self._launch_window(windows, listed)
         full = [s for s, plan in plans.items() if plan.is_full]
         for sequence in full:
             self._launch_full(sequence, plans[sequence])
         if full:
             self._graphs.run("select", self._select)
-        self._report.mark()
+        return self._report.copy()
 
-    def wait(self) -> None:
+    def wait(self, report: int) -> None:
         """Waits for what was launched."""
-        self._report.wait()
+        self._report.wait(report)
+
+    def wait_nearly(self) -> None:
+        """Waits until of what was launched last an eighth of the layers are left, or fewer."""
+        if self._nearly_over is not None:
+            self._nearly_over.synchronize()
 
     @torch.inference_mode()
-    def finish(self) -> Report:
+    def finish(self, report: int) -> Report:
         """Waits for what was launched. A sequence whose `first_full_layer` is below L has failed
         its drift test and committed nothing: it is to be refreshed, or held."""
-        self._seen = self._report.read()
+        self._seen = self._report.read(report)
         return self._seen
 
     @torch.inference_mode()
@@ -173,16 +190,13 @@ class Runner:
             if kept is not None:
                 self._state.tracked[:, sequence].copy_(kept)
             self._run_full(sequence, part)
-        self._graphs.run("select", self._select)
-        self._report.mark()
-        return self.finish()
+        return self.select()
 
     @torch.inference_mode()
     def select(self) -> Report:
         """Lists the rows anew, after sequences were stopped, and waits."""
         self._graphs.run("select", self._select)
-        self._report.mark()
-        return self.finish()
+        return self.finish(self._report.copy())
 
     def full_begin(self, sequence: int) -> int:
         """Where a report has the candidates of a sequence that ran a full pass."""
@@ -191,9 +205,13 @@ class Runner:
 
     # --- window pass -------------------------------------------------------------------------
 
-    def _launch_window(self, plans: Mapping[int, Plan]) -> None:
-        segments = self._seen.segments.tolist()
-        counts = [(sum(part[1:]), part[SEGMENT_WINDOW]) for part in segments]
+    def _launch_window(
+        self, plans: Mapping[int, Plan], listed: Sequence[tuple[int, int]] | None
+    ) -> None:
+        if listed is None:
+            segments = self._seen.segments.tolist()
+            listed = [(sum(part[1:]), part[SEGMENT_WINDOW]) for part in segments]
+        counts = list(listed)
         for sequence, plan in plans.items():
             counts[sequence] = plan.num_rows, plan.num_candidates
             if plan.listed is not None:
@@ -241,7 +259,8 @@ class Runner:
             # A sequence without rows counts as one that failed: its commits are left as they are.
             is_listed = lists.segments[:, SEGMENT_WINDOW] > 0
             torch.mul(is_listed, self._depth, out=state.first_full_layer)
-        is_whole = self._forward.run_rows(lists.rows[:num_rows], lists.segments, state, drift)
+        rows, segments = lists.rows[:num_rows], lists.segments
+        is_whole = self._forward.run_rows(rows, segments, state, drift, self._nearly_over)
         if drift is not None and self.shape.num_sequences > 1:
             drift.tracked.masked_fill_(~self._tests_drift[None, :, None], -1)
         if not is_whole:
@@ -297,7 +316,7 @@ class Runner:
 
     def _run_layers(self, sequence: int, first: int, end: int) -> None:
         begin, length = sequence * self.shape.capacity, len(self._start_of(sequence).ids)
-        self._forward.run_full(first, end, begin, length, self._state)
+        self._forward.run_full(first, end, begin, length, self._state, self._nearly_over)
 
     def _track_full(self, sequence: int, first: int, count: int) -> None:
         """Lists a sequence's candidates, and has layers `first` .. L - 1 choose what they track."""
@@ -387,7 +406,7 @@ class Runner:
         )
 
     def _select(self) -> None:
-        """Lists the rows of the next step, and copies the report."""
+        """Lists the rows of the next step."""
         state, lists, shape = self._state, self._lists, self.shape
         if shape.selects_rows:
             if shape.rolling is not None and shape.num_sequences > 1:
@@ -406,7 +425,6 @@ class Runner:
             at = lists.window_rows.clamp(min=0)
             torch.index_select(lists.rows, 0, at, out=lists.candidates)
             lists.candidates.masked_fill_(lists.window_rows < 0, -1)
-        self._report.copy()
 
     # --- lists -------------------------------------------------------------------------------
 
@@ -445,5 +463,5 @@ class Runner:
 
 
 def _padded(count: int) -> int:
-    bucket = BUCKET if count <= 3 * LARGE_BUCKET else LARGE_BUCKET
+    bucket = BUCKET if count <= 4 * LARGE_BUCKET else LARGE_BUCKET
     return -(-count // bucket) * bucket

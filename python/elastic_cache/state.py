@@ -44,9 +44,9 @@ class DecodeState:
         `num_tracking`: lists of the drift test; the others are of `chosen`.
         """
         device, count = report.status.device, len(report.status)
-        due = report.tracked[num_tracking:]
+        due = report.tracked.fill_(-1)[num_tracking:]
         # Of a single sequence the lists are one after another in memory already.
-        chosen = due.view(1, -1) if count == 1 else due.new_zeros(count, due[:, 0].numel())
+        chosen = due.view(1, -1) if count == 1 else due.new_full((count, due[:, 0].numel()), -1)
         return cls(
             tokens=torch.zeros(count, capacity, dtype=torch.int64, device=device),
             masked=torch.zeros(count, capacity, dtype=torch.bool, device=device),
@@ -62,15 +62,23 @@ class DecodeState:
         )
 
     def start(self, sequence: int, ids: torch.Tensor, masked: torch.Tensor) -> None:
-        """The state before step 0 of a sequence; ids int64 [T] and masked bool [T]."""
+        """The state before step 0 of a sequence; ids int64 [T] and masked bool [T].
+
+        Enqueued like all else: the steps of others may be under way.
+        """
         self.stop(sequence)
         length = len(ids)
-        self.tokens[sequence].zero_()[:length] = ids.to(self.tokens.device)
-        self.masked[sequence, :length] = masked.to(self.masked.device)
+        self.tokens[sequence].zero_()[:length].copy_(self._sent(ids), non_blocking=True)
+        self.masked[sequence, :length].copy_(self._sent(masked), non_blocking=True)
         self.due[sequence].zero_()
-        self.key_range[sequence].copy_(torch.tensor([0, length], dtype=torch.int32))
+        self.key_range[sequence, 0].fill_(0)
+        self.key_range[sequence, 1].fill_(length)
         self.eos_position[sequence].fill_(-1)
         self.status[sequence].zero_()
+
+    def _sent(self, values: torch.Tensor) -> torch.Tensor:
+        """Where a copy to the device need not wait for it: in pinned memory, if it is a GPU."""
+        return values.pin_memory() if self.tokens.is_cuda else values
 
     def stop(self, sequence: int) -> None:
         """A sequence that has nothing to compute."""

@@ -8,7 +8,7 @@ some of them now and the others in the next steps.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class Turns:
@@ -29,6 +29,10 @@ class Turns:
     def join(self, lane: int) -> None:
         """From now on the lane waits with the others."""
         self._over_at[lane] = self._step
+
+    def fits(self, lengths: Iterable[int]) -> bool:
+        """Whether a step may have the full passes of sequences of these lengths."""
+        return sum(lengths) * self._depth <= self._budget
 
     def begin(self, waiting: Mapping[int, tuple[int, int]], is_bounded: bool = True) -> None:
         """Begins a step.

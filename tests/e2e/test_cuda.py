@@ -14,9 +14,9 @@ from types import ModuleType
 import elastic_cache
 import pytest
 import torch
-from answering import together
+from answering import spy, together
 from elastic_cache import decoding, forward, reference, runner
-from elastic_cache.batch import make_start
+from elastic_cache.batch import Batch, make_start
 from elastic_cache.config import GenerationConfig
 from elastic_cache.engine import Engine, runner_shape
 from elastic_cache.graphs import Graphs
@@ -27,6 +27,7 @@ from elastic_cache.policies import make_policy
 from elastic_cache.problems import problems
 from elastic_cache.prompt import encode_prompt
 from elastic_cache.report import STATUS_MASKED, Report
+from elastic_cache.request import Request
 from elastic_cache.runner import Runner
 from elastic_cache.shape import Start
 
@@ -115,8 +116,7 @@ def _pairs(mine: object, theirs: object) -> Iterator[tuple[torch.Tensor, torch.T
 
 def run(runner: Runner, plan: Plan) -> tuple[int, Report]:
     """A step of the only sequence, refreshed if need be: first layer in full mode, report."""
-    runner.launch({0: plan})
-    report = runner.finish()
+    report = runner.finish(runner.launch({0: plan}))
     first_full = 0 if plan.is_full else int(report.first_full_layer[0])
     if first_full < len(report.similarity) and not plan.is_full:
         report = runner.refresh({0: FullPass(first_full, first_full, runner._depth)})
@@ -329,6 +329,15 @@ KINDS: list[dict] = [
 ]
 
 
+STEADY: list[dict] = [
+    dict(policy="rolling", num_rows=32),
+    dict(policy="rolling"),
+    dict(policy="rolling", window=24, threshold=0.7),
+    dict(policy="rolling", num_rows=40, tokens_per_step=2),
+]
+"""Requests whose next step may be launched before one is over."""
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_batches_captured_and_eager_are_alike(dtype: str) -> None:
     """The same requests joining at the same steps: every bit of every step."""
@@ -359,6 +368,43 @@ def test_batch_invariant_requests_are_as_alone() -> None:
     asked = list(zip(questions(), kinds * 2, strict=False))
     for request, answer in zip(asked, answer_together(engine, asked), strict=True):
         assert answer_together(engine, [request]) == [answer]
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_steps_launched_ahead_are_those_that_are_not(
+    captures: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every bit; requests join and leave meanwhile."""
+    engine = elastic_cache.load(
+        "tiny", device="cuda", dtype="bfloat16", batch_invariant=True, capture=captures
+    )
+    asked = list(zip(questions(), STEADY * 2, strict=False))
+    calls = spy(monkeypatch, Batch, "_launch_ahead")
+    ahead = answer_together(engine, asked)
+    assert len(calls) > max(len(steps) for steps, _ in ahead)
+    monkeypatch.setattr(Batch, "_foresees", lambda self: False)
+    assert answer_together(engine, asked) == ahead
+
+
+def test_who_joins_before_a_step_is_over_takes_part_in_the_next() -> None:
+    """`wait` returns while the step is running, and what joins then mixes with nobody's."""
+    engine = elastic_cache.load("tiny", device="cuda", dtype="bfloat16", batch_invariant=True)
+    asked = list(zip(questions(), STEADY, strict=False))[:2]
+    alone = answer_together(engine, asked[:1]) + answer_together(engine, asked[1:])
+    batch = engine.batch(3, max_length=200)
+    steps: dict[Request, list] = {}
+    for question, settings in asked:
+        steps[batch.add(question, gen_length=64, **settings)] = []
+        for _ in range(5):
+            batch.wait()
+            for outcome in batch.step():
+                steps[outcome.request].append(outcome.step)
+    while batch.requests:
+        batch.wait()
+        for outcome in batch.step():
+            steps[outcome.request].append(outcome.step)
+    for (request, made), (expected, ids) in zip(steps.items(), alone, strict=True):
+        assert made == expected and request.result.ids.tolist() == ids
 
 
 def test_full_passes_in_parts_are_alike() -> None:

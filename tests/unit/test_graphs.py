@@ -5,16 +5,20 @@ The capture itself, and that it changes no bit, is tested on a GPU (tests/e2e/te
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import elastic_cache
 import pytest
 import torch
-from answering import together
+from answering import spy, together
+from elastic_cache.batch import Batch
 from elastic_cache.engine import Engine
 from elastic_cache.graphs import Graphs
+from elastic_cache.request import Request
 from elastic_cache.runner import BUCKET, MAX_CAPTURED_LENGTHS, Runner
+from elastic_cache.types import Step
 
 QUESTION = "Ava has 12 apples. Then Ava buys 30 more apples. How many apples does Ava have now?"
 
@@ -119,17 +123,10 @@ def test_only_the_window_pass_of_a_refreshed_step_is_a_graph(
 ) -> None:
     """Layers behind a failed test are launched one by one, and end as a graph of their own."""
     engine = engine_as_on_a_gpu(monkeypatch, captures=True)
-    keys: list[Any] = []
-    run = Graphs.run
-
-    def spy(self: Graphs, key: Any, function: Callable[[], None]) -> None:
-        keys.append(key)
-        run(self, key, function)
-
-    monkeypatch.setattr(Graphs, "run", spy)
+    calls = spy(monkeypatch, Graphs, "run")
     out = engine.generate(QUESTION, gen_length=24, gamma=2.0, trace=True)
     assert out.trace is not None
-    first, *rest = keys
+    first, *rest = (key for _, key, _ in calls)
     assert first[:2] == (0, len(out.ids)) and rest.pop(0) == "select"
     windows = [-(-step.num_rows // BUCKET) * BUCKET for step in out.trace[1:]]
     assert [key[0] for key in rest[::3]] == windows
@@ -166,6 +163,73 @@ def test_a_batch_as_on_a_gpu_gives_the_steps_of_requests_alone(
         assert torch.equal(request.result.ids, expected.ids)
         assert steps == expected.trace
     assert (log.count("replay") > 20) == captures
+
+
+STEADY: list[dict[str, Any]] = [
+    dict(policy="rolling", num_rows=32),
+    dict(policy="rolling", num_rows=48, window=24),
+    dict(policy="rolling", num_rows=40, factor=0.5),
+    dict(policy="rolling", window=20, tokens_per_step=2),
+]
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_steps_launched_ahead_are_those_of_requests_alone(
+    captures: bool, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of steady rows join, finish, fail and are taken out while the next step is on its
+    way; some that are not steady come between."""
+    monkeypatch.setattr(torch, "mm", lambda a, b: torch.stack([row @ b for row in a]))
+    engine = engine_as_on_a_gpu(monkeypatch, captures=captures)
+    kinds = [*STEADY, *STEADY, dict(), *STEADY, dict(policy="rolling", temperature=0.5, seed=3)]
+    asked = [
+        (f"{QUESTION} {'Think twice. ' * (i % 3)}", dict(gen_length=32, **kind))
+        for i, kind in enumerate(kinds)
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "_foresees", lambda self: False)
+        alone = [engine.generate(text, trace=True, **kind) for text, kind in asked]
+    calls = spy(monkeypatch, Batch, "_launch_ahead")
+    batch = engine.batch(3, max_length=160, max_full_rows=300)
+    batch._runs_ahead = True
+    steps: dict[Request, list[Step]] = {}
+    waiting, running = list(range(len(asked))), dict[Request, int]()
+    dice, num_steps, num_failed = random.Random(captures), 0, 0
+    while waiting or running:
+        num_steps += 1
+        batch.wait()
+        while waiting and batch.num_free and dice.random() < 0.8:
+            text, kind = asked[waiting[0]]
+            request = batch.add(text, **kind)
+            steps[request], running[request] = [], waiting.pop(0)
+        if num_steps in (7, 20, 41):
+            request = dice.choice(list(running))
+            batch.remove(request)
+            waiting.append(running.pop(request))
+        if num_steps in (12, 30):
+            break_one(batch)
+        for outcome in batch.step():
+            index = running[outcome.request]
+            if outcome.error is not None:
+                waiting.append(running.pop(outcome.request))
+                num_failed += 1
+                continue
+            assert outcome.step is not None
+            steps[outcome.request].append(outcome.step)
+            if outcome.is_over:
+                assert steps[outcome.request] == alone[index].trace
+                assert torch.equal(outcome.request.result.ids, alone[index].ids)
+                del running[outcome.request]
+    assert num_failed == 2
+    assert len(calls) > num_steps // 3
+
+
+def break_one(batch: Batch) -> None:
+    """What the cache holds of a request that reuses it is no number any more."""
+    lane = next(lane for lane, done in batch._launched.items() if not done.plan.is_full)
+    cache = batch._runner._forward._cache
+    with torch.inference_mode():
+        cache.layers[0].v[lane * cache.capacity : (lane + 1) * cache.capacity].fill_(float("nan"))
 
 
 def test_who_is_added_when_a_step_is_over_takes_part_in_the_next(

@@ -1,4 +1,4 @@
-"""Which rows the block policies plan: host arithmetic only, checked by hand."""
+"""Which rows policies plan: host arithmetic only, checked by hand."""
 
 from __future__ import annotations
 
@@ -67,3 +67,23 @@ def test_fixed_steps_spread_evenly_with_the_remainder_first() -> None:
         commit(policy, list(range(position, position + plan.num_commits)))
         position += plan.num_commits
     assert seen == [2, 2, 1, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(policy="rolling"), 96),
+        (dict(policy="rolling", num_rows=32), 32),
+        (dict(policy="rolling", num_rows=31), 0),
+        (dict(policy="rolling", num_rows=24, window=12), 24),
+        (dict(policy="rolling", num_rows=300), 120),
+        (dict(policy="elastic"), 0),
+        (dict(policy="none"), 0),
+        (dict(policy="dual"), 0),
+    ],
+    ids=str,
+)
+def test_rows_are_steady_if_a_step_has_them_whatever_was_committed(
+    settings: dict[str, object], expected: int
+) -> None:
+    assert start([False] * 20 + [True] * 100, **settings).steady_rows == expected

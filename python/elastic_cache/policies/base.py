@@ -25,6 +25,8 @@ class Policy(Protocol):
         num_rows: rows that `ops.rolling_rows` fills every step to, with the cached positions
             most due; 0: it does not.
         rolling: how that is weighed; None where `num_rows` is 0.
+        steady_rows: rows of every step after the first, at most, whatever the steps find; 0: they
+            depend on that.
     """
 
     needs: CacheNeeds
@@ -35,6 +37,7 @@ class Policy(Protocol):
     lookahead: int
     num_rows: int
     rolling: RollingRule | None
+    steady_rows: int
 
     def plan(self, num_rows: int, num_candidates: int) -> Plan | None:
         """The next step, for which so many rows and candidates are listed on the device (0 before

@@ -31,7 +31,7 @@ class BlockPolicy:
     needs = CacheNeeds(keys_values=True, queries=False, inputs=False)
     drops_tail_at_eos = False
     tests_drift = False
-    window = lookahead = num_rows = 0
+    window = lookahead = num_rows = steady_rows = 0
     rolling: RollingRule | None = None
 
     def __init__(self, masked: list[bool], settings: GenerationConfig, eos_id: int) -> None:

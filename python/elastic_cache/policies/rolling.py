@@ -27,3 +27,6 @@ class RollingPolicy(WindowPolicy):
     def __init__(self, masked: list[bool], settings: GenerationConfig) -> None:
         super().__init__(masked, settings)
         self.num_rows = min(settings.num_rows, len(masked))
+        # A step may commit the whole window, and the next computes that and another window.
+        if settings.num_rows >= 2 * self.window:
+            self.steady_rows = self.num_rows

@@ -18,7 +18,7 @@ class WindowPolicy:
     def __init__(self, masked: list[bool], settings: GenerationConfig) -> None:
         self.window = min(settings.window, len(masked))
         self.num_candidates = self.window
-        self.lookahead = self.num_rows = 0
+        self.lookahead = self.num_rows = self.steady_rows = 0
         self._length = len(masked)
         self._num_masked = sum(masked)
         self._is_full = True  # the next step

@@ -177,7 +177,7 @@ BAD_PROMPTS = [
     ([5, -1], "prompt ids must be between 0 and 767, got -1"),
     ([0.5, 1.5], "prompt ids must be whole numbers"),
     (torch.zeros(2, 3, dtype=torch.int64), "prompt ids must be one sequence"),
-    (object(), "the prompt must be text, chat messages or token ids"),
+    pytest.param(object(), "the prompt must be text, chat messages or token ids", id="object"),
     ([1] * 5000, "takes at most 4096"),
 ]
 

@@ -31,7 +31,7 @@ from elastic_cache.models.weights import Model
 from elastic_cache.plan import FullPass, Plan
 from elastic_cache.policies import Policy, make_policy
 from elastic_cache.prompt import Prompt, encode_prompt
-from elastic_cache.readout import Done, Flight, Launched, Pending, Reader
+from elastic_cache.readout import Done, Launched, Pending, Reader
 from elastic_cache.report import Report
 from elastic_cache.request import Request
 from elastic_cache.runner import Runner
@@ -88,8 +88,8 @@ class Batch:
         self._depth = model.config.num_layers
         self._runs_ahead = model.device.type != "cpu"
         self._lanes: list[Request | None] = [None] * runner.shape.num_sequences
-        self._flight: Flight | None = None  # the step under way
-        self._launched: dict[int, Launched] = {}  # what it is for each of its lanes
+        self._launched: dict[int, Launched] = {}  # the step under way, by lane
+        self._report = 0  # which one that step makes
         self._held: dict[int, Pending] = {}  # until their full passes are over
         self._turns = Turns(len(self._lanes), self._depth, max_full_rows)
         self._reader: Reader | None = None  # of the last report
@@ -179,12 +179,10 @@ class Batch:
     def wait(self) -> None:
         """Waits until `step` should be called, and changes nothing: requests that are added before
         it is take part in the step that it launches."""
-        if self._flight is None or not self._launched:
-            return
         if self._foresees():
             self._runner.wait_nearly()
-        else:
-            self._runner.wait(self._flight.report)
+        elif self._launched:
+            self._runner.wait(self._report)
 
     def step(self) -> list[Outcome]:
         """One denoising step of the requests; of some of them none if full passes are waiting.
@@ -192,9 +190,9 @@ class Batch:
         A request that fails leaves; the others go on.
         """
         outcomes = [] if self._launched or self._turns else self._launch()
-        flight = self._flight if self._launched else None
-        ahead = self._launch_ahead(flight) if flight is not None and self._foresees() else None
-        report = None if flight is None else self._runner.finish(flight.report)
+        report_under_way = self._report
+        ahead = self._launch_ahead() if self._foresees() else None
+        report = self._runner.finish(report_under_way) if self._launched else None
         over, report = self._refresh(report)
         launched, self._launched = self._launched, {}
         self._turns.finish()
@@ -246,13 +244,13 @@ class Batch:
             request.finish()
             outcomes.append(Outcome(request, None))
         plans = self._take_turns(plans, reader)
-        self._flight = self._make_flight(self._runner.launch(plans), plans)
+        self._report = self._runner.launch(plans)
         self._launched = {lane: self._remember(lane, plan, reader) for lane, plan in plans.items()}
         return outcomes
 
     def _foresees(self) -> bool:
         """Whether the next step can be launched before the one under way is over."""
-        if not self._runs_ahead or self._held or self._is_stale:
+        if not self._runs_ahead or not self._launched or self._held or self._is_stale:
             return False
         lengths = []  # of who joins
         for lane, request in self._taken():
@@ -264,7 +262,7 @@ class Batch:
                 return False
         return self._turns.fits(lengths)
 
-    def _launch_ahead(self, flight: Flight) -> Flight:
+    def _launch_ahead(self) -> dict[int, Plan]:
         """Enqueues the step after the one under way, of everyone who may take part: whose answer
         turns out to be finished has room for its rows in it, and none."""
         plans: dict[int, Plan] = {}
@@ -276,30 +274,20 @@ class Batch:
             assert plan is not None
             plans[lane] = plan
         plans = self._take_turns(plans, None)
-        return self._make_flight(self._runner.launch(plans, flight.listed), plans)
+        self._report = self._runner.launch(plans, is_ahead=True)
+        return plans
 
-    def _make_flight(self, report: int, plans: dict[int, Plan]) -> Flight:
-        listed = [(0, 0)] * len(self._lanes)
-        for lane in plans:
-            request = self._lanes[lane]
-            assert request is not None
-            listed[lane] = request.policy.steady_rows, request.policy.window
-        return Flight(report, plans, listed)
-
-    def _follow(self, flight: Flight, reader: Reader) -> None:
+    def _follow(self, plans: dict[int, Plan], reader: Reader) -> None:
         """Goes on with a step that was launched ahead: without those whose answers the step before
         has finished."""
-        listed = list(flight.listed)
         self._launched = {}
-        for lane, plan in flight.plans.items():
+        for lane, plan in plans.items():
             request = self._lanes[lane]
             if request is None:
-                listed[lane] = (0, 0)
                 continue
             known = plan if plan.is_full else request.policy.plan(*reader.counts(lane))
             assert known is not None
             self._launched[lane] = self._remember(lane, known, reader)
-        self._flight = replace(flight, listed=listed)
 
     def _take_turns(self, plans: dict[int, Plan], reader: Reader | None) -> dict[int, Plan]:
         """Decides whose full passes run in this step, and returns the plans to launch: without

@@ -65,6 +65,8 @@ class Forward:
         self._eps = config.rms_norm_eps
         self._scale = 1.0 / math.sqrt(config.head_dim)
         self._can_peek = model.device.type == "cpu"
+        # External: a pass that is captured records it whenever it is replayed.
+        self._nearly_over = torch.cuda.Event(external=True) if model.device.type == "cuda" else None
         self._layers = tuple(
             LayerMatrices(
                 layer.attention_norm,
@@ -90,13 +92,11 @@ class Forward:
         segments: torch.Tensor,
         state: DecodeState,
         drift: DriftTest | None,
-        nearly_over: torch.cuda.Event | None,
     ) -> bool:
         """Layers over the listed rows, int32 [R], against the cache; tests each if `drift`.
 
-        `nearly_over` is recorded when an eighth of the layers are left. Returns False when it
-        stopped at a layer that has to run in full mode; only a pass that can look at the verdict
-        for free does so.
+        Returns False when it stopped at a layer that has to run in full mode; only a pass that can
+        look at the verdict for free does so.
         """
         work = self._workspace.rows(len(rows))
         self._embed(state, rows, work)
@@ -111,7 +111,7 @@ class Forward:
             if verdict is not None and max(verdict.tolist()) <= index:
                 self._store_input(index, rows, work)
                 return False
-            self._record(index, nearly_over)
+            self._record(index)
             q_old, k_old, lse = None, None, work.lse
             if overwritten is not None:
                 q_old, k_old, lse = (x[index, : len(rows)] for x in vars(overwritten).values())
@@ -133,15 +133,7 @@ class Forward:
             self._decide(0, len(self._layers), drift, state)
         return True
 
-    def run_full(
-        self,
-        first: int,
-        end: int,
-        begin: int,
-        length: int,
-        state: DecodeState,
-        nearly_over: torch.cuda.Event | None,
-    ) -> None:
+    def run_full(self, first: int, end: int, begin: int, length: int, state: DecodeState) -> None:
         """Layers `first` .. `end` - 1 over the `length` slots from `begin` on, a sequence's.
 
         Layer 0 begins with the tokens, another one with the inputs that its cache holds; where
@@ -157,7 +149,7 @@ class Forward:
             work.residual.copy_(inputs[begin : begin + length])
         with _attention_kernels(slots.device):
             for index in range(first, end):
-                self._record(index, nearly_over)
+                self._record(index)
                 # A sequence's own: there are no rows of others beside it.
                 self._project_qkv(index, slots, work, None, None, None, False, index == first)
                 attention = self._attend_all(index, slots, state, work)
@@ -195,11 +187,16 @@ class Forward:
         )
         return hidden
 
-    def _record(self, index: int, nearly_over: torch.cuda.Event | None) -> None:
+    def wait_nearly(self) -> None:
+        """Waits until of the pass enqueued last an eighth of the layers are left, or fewer."""
+        if self._nearly_over is not None:
+            self._nearly_over.synchronize()
+
+    def _record(self, index: int) -> None:
         """When an eighth of the layers are left, `index` the first of them."""
         depth = len(self._layers)
-        if nearly_over is not None and index == depth - max(depth // 8, 1):
-            nearly_over.record()
+        if self._nearly_over is not None and index == depth - max(depth // 8, 1):
+            self._nearly_over.record()
 
     def _embed(self, state: DecodeState, rows: torch.Tensor, work: Workspace) -> None:
         tokens = state.tokens.view(-1).index_select(0, rows.clamp(min=0))

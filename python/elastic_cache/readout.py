@@ -24,22 +24,6 @@ class Launched:
 
 
 @dataclass(frozen=True)
-class Flight:
-    """A step under way.
-
-    Attributes:
-        report: which report it makes.
-        plans: by lane, what it computes.
-        listed: rows and candidates that every lane has at most in the next step; those of lanes
-            with steady rows only.
-    """
-
-    report: int
-    plans: dict[int, Plan]
-    listed: list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
 class Pending:
     """A step whose full pass is not over: of who has failed the drift test, or has a long text.
 

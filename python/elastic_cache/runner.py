@@ -16,7 +16,7 @@ come after the window pass of a step: what that does to a sequence without rows 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -95,9 +95,6 @@ class Runner:
         self._kept: dict[int, torch.Tensor] = {}
         self._listed: range | None = None
         self._seen = report
-        self._nearly_over = None
-        if device.type == "cuda":
-            self._nearly_over = torch.cuda.Event(external=True)  # a graph's pass records it
 
     @torch.inference_mode()
     def start(self, sequence: int, start: Start) -> None:
@@ -123,22 +120,20 @@ class Runner:
         self._unlist(sequence)
 
     @torch.inference_mode()
-    def launch(
-        self, plans: Mapping[int, Plan], listed: Sequence[tuple[int, int]] | None = None
-    ) -> int:
+    def launch(self, plans: Mapping[int, Plan], is_ahead: bool = False) -> int:
         """Enqueues a step of the sequences in `plans`; on the CPU it is done on return.
 
         Args:
             plans: by sequence; there may be rows of others in the lists, which do not matter.
-            listed: rows and candidates that every sequence has at most; None: as the last report
-                counts them.
+            is_ahead: the step before may still run, so that no report has counted what is listed:
+                at most what the plans say, and nothing of others.
 
         Returns:
             Which report it makes, for `wait` and `finish`.
         """
         windows = {s: plan for s, plan in plans.items() if not plan.is_full}
         if windows:
-            self._launch_window(windows, listed)
+            self._launch_window(windows, is_ahead)
         full = [s for s, plan in plans.items() if plan.is_full]
         for sequence in full:
             self._launch_full(sequence, plans[sequence])
@@ -152,8 +147,7 @@ class Runner:
 
     def wait_nearly(self) -> None:
         """Waits until of what was launched last an eighth of the layers are left, or fewer."""
-        if self._nearly_over is not None:
-            self._nearly_over.synchronize()
+        self._forward.wait_nearly()
 
     @torch.inference_mode()
     def finish(self, report: int) -> Report:
@@ -179,8 +173,6 @@ class Runner:
         """
         for sequence in held:
             self._kept[sequence] = self._state.tracked[:, sequence].clone()
-            self._state.tracked[:, sequence].fill_(-1)
-            self._state.committed[sequence].fill_(False)
             self._unlist(sequence)
         for sequence, part in passes.items():
             if part.end < self._depth:
@@ -205,13 +197,11 @@ class Runner:
 
     # --- window pass -------------------------------------------------------------------------
 
-    def _launch_window(
-        self, plans: Mapping[int, Plan], listed: Sequence[tuple[int, int]] | None
-    ) -> None:
-        if listed is None:
+    def _launch_window(self, plans: Mapping[int, Plan], is_ahead: bool) -> None:
+        counts = [(0, 0)] * self.shape.num_sequences
+        if not is_ahead:
             segments = self._seen.segments.tolist()
-            listed = [(sum(part[1:]), part[SEGMENT_WINDOW]) for part in segments]
-        counts = list(listed)
+            counts = [(sum(part[1:]), part[SEGMENT_WINDOW]) for part in segments]
         for sequence, plan in plans.items():
             counts[sequence] = plan.num_rows, plan.num_candidates
             if plan.listed is not None:
@@ -259,8 +249,7 @@ class Runner:
             # A sequence without rows counts as one that failed: its commits are left as they are.
             is_listed = lists.segments[:, SEGMENT_WINDOW] > 0
             torch.mul(is_listed, self._depth, out=state.first_full_layer)
-        rows, segments = lists.rows[:num_rows], lists.segments
-        is_whole = self._forward.run_rows(rows, segments, state, drift, self._nearly_over)
+        is_whole = self._forward.run_rows(lists.rows[:num_rows], lists.segments, state, drift)
         if drift is not None and self.shape.num_sequences > 1:
             drift.tracked.masked_fill_(~self._tests_drift[None, :, None], -1)
         if not is_whole:
@@ -316,7 +305,7 @@ class Runner:
 
     def _run_layers(self, sequence: int, first: int, end: int) -> None:
         begin, length = sequence * self.shape.capacity, len(self._start_of(sequence).ids)
-        self._forward.run_full(first, end, begin, length, self._state, self._nearly_over)
+        self._forward.run_full(first, end, begin, length, self._state)
 
     def _track_full(self, sequence: int, first: int, count: int) -> None:
         """Lists a sequence's candidates, and has layers `first` .. L - 1 choose what they track."""

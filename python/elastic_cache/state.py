@@ -44,9 +44,9 @@ class DecodeState:
         `num_tracking`: lists of the drift test; the others are of `chosen`.
         """
         device, count = report.status.device, len(report.status)
-        due = report.tracked.fill_(-1)[num_tracking:]
+        due = report.tracked[num_tracking:]
         # Of a single sequence the lists are one after another in memory already.
-        chosen = due.view(1, -1) if count == 1 else due.new_full((count, due[:, 0].numel()), -1)
+        chosen = due.view(1, -1) if count == 1 else due.new_zeros(count, due[:, 0].numel())
         return cls(
             tokens=torch.zeros(count, capacity, dtype=torch.int64, device=device),
             masked=torch.zeros(count, capacity, dtype=torch.bool, device=device),
